@@ -1,0 +1,62 @@
+"""Buckets: the finite, declared shapes a model is compiled for, and how a batch is covered by them (pure integers)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from optim.errors import ConfigError
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One compiled shape: rows, and tokens a row (0 where the model has no length dimension)."""
+
+    batch_size: int
+    length: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.batch_size}x{self.length}" if self.length else str(self.batch_size)
+
+
+def make_grid(batch_sizes: Iterable[int], lengths: Iterable[int] | None = None) -> tuple[Bucket, ...]:
+    """Return every combination, smallest first; ConfigError for an empty list or anything but whole numbers above 0."""
+    sizes = _check_sizes("batch_sizes", batch_sizes)
+    if lengths is None:
+        return tuple(Bucket(size) for size in sizes)
+    return tuple(Bucket(size, length) for size in sizes for length in _check_sizes("lengths", lengths))
+
+
+def _check_sizes(key: str, sizes: Iterable[int]) -> list[int]:
+    given = list(sizes)
+    if not given:
+        raise ConfigError(key, given, "name at least one size")
+    for size in given:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(key, size, "use whole numbers above 0")
+    return sorted(set(given))
+
+
+def pick_length(length: int, lengths: Iterable[int]) -> int | None:
+    """Return the smallest of `lengths` that holds `length`, or None where none does."""
+    return min((candidate for candidate in lengths if candidate >= length), default=None)
+
+
+def cover(rows: int, costs: Mapping[int, float]) -> tuple[int, ...]:
+    """Cover `rows` by batch sizes at the least total cost, largest first.
+
+    `costs` maps each batch size to what one run of it costs (ms). The last run may be padded: nine rows may be
+    8 + 1 rather than 16. Of equal costs the plan with fewer runs wins.
+    """
+    if rows < 1 or not costs:
+        raise ValueError(f"cannot cover {rows} rows with the batch sizes {sorted(costs)}")
+    # best[n] is (cost, runs, size of the last run) of the cheapest cover of n rows.
+    best: list[tuple[float, int, int]] = [(0.0, 0, 0)]
+    for n in range(1, rows + 1):
+        rests = ((size, best[max(n - size, 0)]) for size in costs)
+        best.append(min((rest[0] + costs[size], rest[1] + 1, size) for size, rest in rests))
+    sizes = []
+    while rows > 0:
+        sizes.append(best[rows][2])
+        rows -= sizes[-1]
+    return tuple(sorted(sizes, reverse=True))

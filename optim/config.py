@@ -1,0 +1,210 @@
+"""`Pt2Config`: the strict, documented form of the `pt2` section, and the parser of TorchServe's forms."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_origin
+
+import torch
+
+from optim.errors import ConfigError
+from optim.strict import read_section
+
+#: Names for `compile.backend` that are ours: measured choice, no compilation, and IPEX traced and frozen.
+OWN_BACKENDS = ("auto", "eager", "ipex")
+
+#: Backends that exist but come in packages of their own: naming one that is absent is a fallback, not a mistake.
+OPTIONAL_BACKENDS: Mapping[str, str] = MappingProxyType(
+    {
+        "ipex": "intel-extension-for-pytorch",
+        "onnxrt": "onnxruntime and onnxscript",
+        "openvino": "openvino",
+        "openxla": "torch-xla",
+        "openxla_eval": "torch-xla",
+        "tensorrt": "torch-tensorrt",
+        "torch_tensorrt": "torch-tensorrt",
+        "torchxla_trace_once": "torch-xla",
+        "hpu_backend": "habana-torch-plugin",
+        "tvm": "apache-tvm",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """What `torch.compile` and its peers are asked to do."""
+
+    enable: bool = True
+    """Compile at all; `false` serves the module eager. Default true (TorchServe demanded it, we do not)."""
+    backend: str = "auto"
+    """`auto` (IPEX on a CPU that has it, else Inductor), `eager`, `ipex`, `inductor`, or any backend torch lists."""
+    mode: str | None = None
+    """Inductor's mode: `default`, `reduce-overhead` (CUDA graphs), `max-autotune`, `max-autotune-no-cudagraphs`."""
+    options: Mapping[str, Any] | None = None
+    """Inductor options by name, as `torch.compile(options=...)`; not together with `mode`."""
+    dynamic: bool | None = None
+    """`torch.compile(dynamic=...)`; default none: every bucket gets code for exactly its shape."""
+    fullgraph: bool = False
+    """Refuse (and so serve eager) a module that Dynamo cannot trace as one graph. Default false."""
+    freeze: bool = True
+    """Freeze weights into Inductor's code on CPU (tried: 25.8 ms against 40.5 ms without). Default true."""
+    only_if_faster: bool = True
+    """Use an engine on a bucket only where it is at least as fast as eager. Default true."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Ahead-of-time compilation: TorchServe's `export` section."""
+
+    aot_compile: bool = False
+    """Compile ahead of time with AOTInductor (torch.export) instead of `torch.compile`. Default false."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """How a compiled result is held against eager's."""
+
+    tolerance: float | None = None
+    """Allowed error relative to the value and to the tensor's RMS; default 1e-3 (float32), 2e-2 (half), 1e-6 (float64)."""
+    warmup_calls: int = 3
+    """Calls of every bucket before it is trusted, at least 3: with CUDA graphs call 1 compiles, 2 records, 3 replays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pt2Config:
+    """The `pt2` section of one model.
+
+    Build it with `parse` from whatever stands in the YAML file; errors are `ConfigError`.
+    """
+
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    """What to compile with."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """Ahead-of-time compilation."""
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    """How the result is proven."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` runs the compiled engine under bf16 where the CPU or GPU has it (eager stays float32). Default float32."""
+    fallback: Literal["eager", "fail"] = "eager"
+    """After a compile failure: serve `eager` with the reason in the report, or `fail` to start. Default eager."""
+
+    @classmethod
+    def parse(cls, section: Any = None) -> Pt2Config:
+        """Read any form TorchServe took, or our own; the argument is never changed.
+
+        Forms: nothing; a backend's name; a flat mapping of torch.compile arguments; `{compile: {...}}`;
+        `{export: {aot_compile: true}}`. Raises ConfigError naming key, value and what is allowed.
+        """
+        if isinstance(section, Pt2Config):
+            return section
+        if section is None:
+            section = {}
+        if isinstance(section, str):
+            section = {"compile": {"backend": section}}
+        if not isinstance(section, Mapping):
+            raise ConfigError("pt2", section, "use a backend's name or a mapping such as {compile: {enable: true}}")
+        config = read_section("pt2", _unflatten(section), cls, prepare={"compile": _prepare_compile})
+        _check(config, section)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole section as plain data."""
+        return asdict(self)
+
+
+def _unflatten(section: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Move torch.compile arguments written at the top level (TorchServe's older form) under `compile`."""
+    flat_keys = {*CompileConfig.__dataclass_fields__, "disable"}
+    flat = {k: v for k, v in section.items() if k in flat_keys}
+    rest = {k: v for k, v in section.items() if k not in flat_keys}
+    if not flat:
+        return rest
+    if "compile" in rest:
+        key = next(iter(flat))
+        raise ConfigError(f"pt2.{key}", flat[key], f"write it inside pt2.compile, as pt2.compile.{key}")
+    return {**rest, "compile": flat}
+
+
+def _prepare_compile(section: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Translate torch.compile's own `disable` into `enable`."""
+    if "disable" not in section:
+        return section
+    if "enable" in section:
+        raise ConfigError("pt2.compile.disable", section["disable"], "use enable alone")
+    if not isinstance(section["disable"], bool):
+        raise ConfigError("pt2.compile.disable", section["disable"], "use true or false")
+    return {**{k: v for k, v in section.items() if k != "disable"}, "enable": not section["disable"]}
+
+
+def _check(config: Pt2Config, section: Mapping[Any, Any]) -> None:
+    compile_ = config.compile
+    if config.export.aot_compile and compile_.enable and any(k != "export" and k in section for k in _compile_keys()):
+        # TorchServe silently dropped one of the two.
+        raise ConfigError(
+            "pt2.export.aot_compile", True, "not together with pt2.compile; remove one, or set compile.enable: false"
+        )
+    if compile_.mode is not None and compile_.options is not None:
+        raise ConfigError(
+            "pt2.compile.mode",
+            compile_.mode,
+            "torch.compile takes mode or options, not both; modes can be written as options "
+            "(reduce-overhead is {triton.cudagraphs: true})",
+        )
+    _check_backend(compile_.backend)
+    if compile_.backend in ("auto", "inductor"):
+        _check_mode(compile_.mode)
+        _check_options(compile_.options)
+    if config.verify.warmup_calls < 3:
+        raise ConfigError("pt2.verify.warmup_calls", config.verify.warmup_calls, "use 3 or more")
+    tolerance = config.verify.tolerance
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ConfigError("pt2.verify.tolerance", tolerance, "use a number between 0 and 1")
+
+
+def _compile_keys() -> tuple[str, ...]:
+    return ("compile", "disable", *CompileConfig.__dataclass_fields__)
+
+
+def _check_backend(backend: str) -> None:
+    listed = torch.compiler.list_backends(exclude_tags=())
+    if backend in OWN_BACKENDS or backend in OPTIONAL_BACKENDS or backend in listed:
+        return
+    usual = [*OWN_BACKENDS, *torch.compiler.list_backends()]
+    names = sorted({*usual, *OPTIONAL_BACKENDS})
+    close = difflib.get_close_matches(backend, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError("pt2.compile.backend", backend, f"{hint}use one of {', '.join(names)}")
+
+
+def _check_mode(mode: str | None) -> None:
+    if mode is None:
+        return
+    import torch._inductor as inductor  # the tables of modes and options; slow to import, so only where asked
+
+    modes = list(inductor.list_mode_options())
+    if mode not in modes:
+        raise ConfigError("pt2.compile.mode", mode, f"use one of {', '.join(modes)}")
+
+
+def _check_options(options: Mapping[str, Any] | None) -> None:
+    if not options:
+        return
+    import torch._inductor as inductor
+    from torch._inductor import config as inductor_config
+
+    known = {name.replace("_", "-"): name for name in inductor.list_options()}
+    for key, value in options.items():
+        name = known.get(key.replace("_", "-"))
+        if name is None:
+            close = difflib.get_close_matches(key, known.values(), n=3)
+            hint = f"close ones: {', '.join(close)}" if close else "see torch._inductor.list_options()"
+            raise ConfigError(f"pt2.compile.options.{key}", value, f"Inductor has no such option; {hint}")
+        wanted = inductor_config.get_type(name)
+        # The same test as torch.compile's own: subscripted generics cannot be checked with isinstance.
+        if get_origin(wanted) is None and not isinstance(value, wanted):
+            raise ConfigError(
+                f"pt2.compile.options.{key}", value, f"Inductor expects {getattr(wanted, '__name__', wanted)}"
+            )

@@ -1,0 +1,155 @@
+"""What this machine can do: device, compilers, IPEX, precision; every "no" comes with its reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sysconfig
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from optim.errors import describe
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One thing an engine may need: whether it is there, and the version found or the reason it is not."""
+
+    available: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """The device a model is compiled for, as found by `inspect_device`."""
+
+    device: torch.device
+    name: str
+    threads: int
+    capabilities: dict[str, Capability]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {
+            "device": str(self.device),
+            "name": self.name,
+            "threads": self.threads,
+            "capabilities": {
+                name: {"available": c.available, "detail": c.detail} for name, c in self.capabilities.items()
+            },
+        }
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """Return the device asked for, or CUDA where there is one, else the CPU; RuntimeError if it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {device} was asked for, but {_no_cuda()}")
+    return device
+
+
+def inspect_device(device: torch.device) -> DeviceInfo:
+    """Look at the machine without compiling anything or importing an extension."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+    capabilities = {
+        "cuda": Capability(True, str(torch.version.cuda)) if torch.cuda.is_available() else Capability(False, _no_cuda()),
+        "cxx": _find_compiler(),
+        "python_headers": _find_headers(),
+        "triton": _find_distribution("triton"),
+        "ipex": _find_ipex(device),
+        "bfloat16": _find_bfloat16(device),
+    }
+    return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
+
+
+def import_ipex() -> ModuleType:
+    """Import IPEX; ImportError with the reason where that ends in one of its odd exits.
+
+    With another torch minor it ends in AttributeError (it calls os.exit), without AVX2 in SystemExit, so
+    `inspect_device` compares versions first and this function turns both into ImportError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it announces each kernel that it overrides
+            import intel_extension_for_pytorch as ipex
+    except (Exception, SystemExit) as error:
+        kind, message = describe(error)
+        raise ImportError(f"importing intel_extension_for_pytorch ended in {kind}: {message}") from error
+    return ipex  # type: ignore[no-any-return]
+
+
+def _no_cuda() -> str:
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) was built without CUDA"
+    return "torch sees no CUDA device (no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it)"
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _find_compiler() -> Capability:
+    """Look for the C++ compiler where Inductor will look: $CXX, else its own search."""
+    from torch._inductor import cpp_builder  # importing Inductor takes a second; only compile_model pays it
+
+    try:
+        return Capability(True, str(cpp_builder.get_cpp_compiler()))
+    except Exception as error:  # its own InvalidCxxCompiler, and whatever probing a broken $CXX may raise
+        _, message = describe(error)
+        asked = f"CXX={os.environ['CXX']}" if "CXX" in os.environ else "no g++ or clang++ on PATH"
+        return Capability(False, f"no C++ compiler ({asked}): {message}")
+
+
+def _find_headers() -> Capability:
+    include = Path(sysconfig.get_paths()["include"])
+    if (include / "Python.h").exists():
+        return Capability(True, str(include))
+    return Capability(False, f"Python.h is not in {include}; install the headers of Python {platform.python_version()}")
+
+
+def _find_distribution(name: str) -> Capability:
+    try:
+        return Capability(True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Capability(False, f"the package {name} is not installed")
+
+
+def _find_ipex(device: torch.device) -> Capability:
+    """Compare versions before anything is imported: a mismatched IPEX leaves by os.exit or sys.exit."""
+    found = _find_distribution("intel-extension-for-pytorch")
+    if not found.available:
+        return Capability(False, "intel-extension-for-pytorch is not installed")
+    if device.type != "cpu":
+        return Capability(False, f"IPEX {found.detail} serves CPUs, and this device is {device}")
+    if found.detail.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return Capability(False, f"IPEX {found.detail} needs the torch of its own minor version, not {torch.__version__}")
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+        return Capability(False, f"IPEX {found.detail} needs a CPU with AVX2")
+    return Capability(True, found.detail)
+
+
+def _find_bfloat16(device: torch.device) -> Capability:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        ok = major >= 8
+        return Capability(ok, f"compute capability {major}.{minor}{'' if ok else ', below 8.0'}")
+    # Without these instructions bf16 is emulated, and slower than float32.
+    flags = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx": torch.cpu._is_amx_tile_supported()}
+    names = [name for name, there in flags.items() if there]
+    return Capability(bool(names), ", ".join(names) or "this CPU has neither avx512_bf16 nor AMX")

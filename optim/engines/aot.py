@@ -1,0 +1,60 @@
+"""AOTInductor: the module exported and compiled ahead of time into a package that loads without a compiler."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optim.buckets import Bucket
+from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
+from optim.errors import is_device_error
+
+
+class AotEngine(Engine):
+    """One package for all batch sizes where the module exports with a free batch dimension, else one a bucket."""
+
+    name = "aot"
+
+    def __init__(self, job: EngineJob) -> None:
+        super().__init__(job)
+        self._shared: Runner | None = None
+
+    def preflight(self) -> None:
+        """Look for what code generation needs."""
+        require_precision(self.job)
+        if isinstance(self.job.module, torch.jit.ScriptModule):
+            raise Unavailable("the module is TorchScript, which torch.export does not take")
+        require(self.job.info, "cxx", "python_headers")
+
+    def build(self) -> None:
+        """Try one package with a free batch dimension (never for lengths: each has its own)."""
+        sizes = {bucket.batch_size for bucket in self.job.samples}
+        if len(self.job.samples) == 1 or len({bucket.length for bucket in self.job.samples}) > 1:
+            return
+        if any(spec.batch_dim is None for spec in self.job.input_specs):
+            return
+        batch = torch.export.Dim("batch", min=1, max=max(sizes))
+        # The example must not have one row: export would take 1 for a constant.
+        sample = self.job.samples[max(self.job.samples)]
+        try:
+            self._shared = self._package(sample, tuple({s.batch_dim: batch} for s in self.job.input_specs))
+        except Exception as error:  # the module may specialise on its batch size; then every bucket gets its own
+            if is_device_error(error):
+                raise
+            self._shared = None
+
+    def compile(self, bucket: Bucket) -> Runner:
+        """Return the shared package, or build this bucket's own."""
+        return self._shared or self._package(self.job.samples[bucket], None)
+
+    def _package(self, sample: tuple[torch.Tensor, ...], dynamic: Any) -> Runner:
+        flat = FlatModule(self.job.module, self.job).eval()
+        with torch.no_grad(), tempfile.TemporaryDirectory(prefix="pt2-aot-") as folder:
+            exported = torch.export.export(flat, sample, dynamic_shapes=None if dynamic is None else {"inputs": dynamic})
+            path = torch._inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "model.pt2"))
+            loaded = torch._inductor.aoti_load_package(path)  # unpacks elsewhere, so the folder may go
+        rebuild = self.job.rebuild
+        return lambda *inputs: rebuild(list(loaded(*inputs)))

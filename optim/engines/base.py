@@ -1,0 +1,122 @@
+"""What every engine is given, and what it must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from optim.buckets import Bucket
+from optim.config import Pt2Config
+from optim.device import DeviceInfo
+from optim.shapes import Inputs, TensorSpec
+from optim.tree import Rebuild
+
+Runner = Callable[..., Any]
+
+
+class Unavailable(Exception):
+    """The engine cannot work on this device or for this module; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """One module to be compiled: eager on its device and in eval mode, with an example for every bucket."""
+
+    module: nn.Module
+    config: Pt2Config
+    info: DeviceInfo
+    samples: Mapping[Bucket, Inputs]
+    input_specs: tuple[TensorSpec, ...]
+    output_dtypes: tuple[torch.dtype, ...]
+    rebuild: Rebuild
+    """Puts a flat list of output tensors into the structure that the module returns."""
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the compiled engine is asked to run under bf16."""
+        return self.config.precision == "bfloat16"
+
+
+class Engine:
+    """Builds and runs one module; all calls come from the thread that owns the model.
+
+    `preflight` raises Unavailable before anything costs time; `build` prepares what all buckets share;
+    `compile` returns the callable of one bucket, whose first call may still compile.
+    """
+
+    name = "engine"
+    #: The outputs lie in memory that the next call overwrites (CUDA graphs), so the caller must copy them.
+    reuses_outputs = False
+
+    def __init__(self, job: EngineJob) -> None:
+        self.job = job
+
+    def preflight(self) -> None:
+        """Raise Unavailable with the reason where the engine cannot work here."""
+
+    def build(self) -> None:
+        """Prepare what all buckets share."""
+
+    def compile(self, bucket: Bucket) -> Runner:
+        """Return the callable of one bucket."""
+        raise NotImplementedError
+
+    def building(self) -> AbstractContextManager[Any]:
+        """Return the context in which warm-up calls run."""
+        return nullcontext()
+
+    def serving(self) -> AbstractContextManager[Any]:
+        """Return the context in which calls after warm-up run: none of them may compile."""
+        return nullcontext()
+
+    def check_warm(self, bucket: Bucket) -> None:
+        """Raise where warm-up ended in something else than compiled code (a silent fallback)."""
+
+    def notes(self) -> list[str]:
+        """Return what is worth knowing about the code once all buckets are done."""
+        return []
+
+
+class FlatModule(nn.Module):
+    """The module with its outputs as a flat tuple of tensors in eager's dtypes, under bf16 autocast if asked.
+
+    Tracing and export want plain tuples; `EngineJob.rebuild` gives the structure back.
+    """
+
+    def __init__(self, module: nn.Module, job: EngineJob) -> None:
+        super().__init__()
+        self.module = module
+        self._dtypes = job.output_dtypes
+        self._device_type = job.info.device.type
+        self._autocast = job.autocast
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from optim.tree import tensors_of
+
+        if self._autocast:
+            with torch.autocast(self._device_type, torch.bfloat16):
+                outputs = tensors_of(self.module(*inputs))
+        else:
+            outputs = tensors_of(self.module(*inputs))
+        return tuple(t.to(dtype) for t, dtype in zip(outputs, self._dtypes, strict=True))
+
+
+def require(info: DeviceInfo, *names: str) -> None:
+    """Raise Unavailable with the recorded reason for the first capability that is missing."""
+    for name in names:
+        capability = info.capabilities[name]
+        if not capability.available:
+            raise Unavailable(capability.detail)
+
+
+def require_precision(job: EngineJob) -> None:
+    """Raise Unavailable where bf16 is asked for and the device would emulate it."""
+    if job.autocast:
+        capability = job.info.capabilities["bfloat16"]
+        if not capability.available:
+            raise Unavailable(f"precision bfloat16 is not there: {capability.detail}")

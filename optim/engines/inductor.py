@@ -1,0 +1,160 @@
+"""`torch.compile`: Inductor in all its modes (CUDA graphs, frozen weights), and any other backend torch lists."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from optim.buckets import Bucket
+from optim.config import OPTIONAL_BACKENDS
+from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
+from optim.monitor import count_compilations, graph_break_reasons
+
+#: How torch words a compilation refused by the stance (it raises a plain RuntimeError).
+RECOMPILE_TEXT = "Detected recompile when torch.compile stance is 'fail_on_recompile'"
+
+_code_names = itertools.count()
+
+
+class TorchCompileEngine(Engine):
+    """Compiles with `torch.compile`; every bucket is a specialisation of one compiled function."""
+
+    def __init__(self, job: EngineJob, backend: str = "inductor") -> None:
+        super().__init__(job)
+        self.backend = backend
+        self.name = backend
+        self._on_cuda = job.info.device.type == "cuda"
+        self._options = self._inductor_options() if backend == "inductor" else {}
+        self.reuses_outputs = self._on_cuda and (
+            bool(self._options.get("triton.cudagraphs")) or backend == "cudagraphs"
+        )
+        self._run: Runner | None = None
+        self._before = count_compilations()
+        self._graphs_seen = 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether weights are frozen into the code: on CPU, where it pays and costs no second copy on a GPU."""
+        return bool(self._options.get("freezing"))
+
+    def _inductor_options(self) -> dict[str, Any]:
+        """Return mode and options as one dictionary: torch takes only one of them, and modes are options."""
+        import torch._inductor as inductor
+
+        asked = self.job.config.compile
+        mode = asked.mode
+        if mode is None and asked.options is None and asked.backend == "auto" and self._on_cuda:
+            mode = "reduce-overhead"
+        options = dict(inductor.list_mode_options(mode)) if mode else {}
+        options.update({k.replace("-", "_"): v for k, v in (asked.options or {}).items()})
+        if not self._on_cuda:
+            options.setdefault("freezing", asked.freeze)
+        return options
+
+    def preflight(self) -> None:
+        """Look for the backend, and for what Inductor's code generation needs."""
+        listed = torch.compiler.list_backends(exclude_tags=())
+        if self.backend not in listed:
+            package = OPTIONAL_BACKENDS.get(self.backend, "a package that is not installed")
+            raise Unavailable(f"torch lists no backend {self.backend!r} here; it comes with {package}")
+        require_precision(self.job)
+        if isinstance(self.job.module, torch.jit.ScriptModule):
+            raise Unavailable("the module is TorchScript, which Dynamo cannot trace into")
+        if self.backend == "inductor":
+            if self._on_cuda:
+                require(self.job.info, "triton")
+            require(self.job.info, "cxx", "python_headers")
+
+    def build(self) -> None:
+        """Wrap the module; nothing is compiled before the first call."""
+        asked = self.job.config.compile
+        kwargs: dict[str, Any] = {"backend": self.backend, "fullgraph": asked.fullgraph, "dynamic": asked.dynamic}
+        if asked.dynamic is None:
+            # torch's default turns a dimension symbolic at its second size: every bucket would share slower code.
+            kwargs["dynamic"] = False
+        if self.backend == "inductor":
+            kwargs["options"] = self._options
+        else:
+            if asked.mode is not None:
+                kwargs["mode"] = asked.mode
+            if asked.options is not None:
+                kwargs["options"] = dict(asked.options)
+        module = FlatModule(self.job.module, self.job) if self.job.autocast else self.job.module
+        self._run = torch.compile(_fresh_function(module), **kwargs)
+        self._before = count_compilations()
+
+    def compile(self, bucket: Bucket) -> Runner:
+        """Return the compiled function; the first call with this bucket's shape compiles it."""
+        run = self._run
+        assert run is not None, "build() comes first"
+        rebuild = self.job.rebuild
+        if self.job.autocast:
+            return lambda *inputs: rebuild(run(*inputs))
+        if self.reuses_outputs:
+
+            def replay(*inputs: torch.Tensor) -> Any:
+                torch.compiler.cudagraph_mark_step_begin()
+                return run(*inputs)
+
+            return replay
+        return run
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Set Dynamo and Inductor up for this thread: from torch 2.12 on their config is context-local."""
+        import torch._dynamo.config as dynamo_config
+        import torch._inductor.config as inductor_config
+
+        buckets = len(self.job.samples)
+        dynamo: dict[str, Any] = {
+            # Past the limit (8) further buckets would run eager without a word; each needs one entry.
+            "recompile_limit": max(8, 2 * buckets + 2),
+            "accumulated_recompile_limit": max(256, 16 * buckets),
+            "suppress_errors": False,
+        }
+        # freezing is read at tracing time from the config, not from `options`, so it has to be set here too.
+        inductor: dict[str, Any] = {"freezing": self.frozen, "compile_threads": torch.get_num_threads()}
+        with ExitStack() as stack:
+            stack.enter_context(dynamo_config.patch(**dynamo))
+            stack.enter_context(inductor_config.patch(**inductor))
+            yield
+
+    def serving(self) -> AbstractContextManager[Any]:
+        """Refuse compilations: a call that needs one raises, and is run eager and counted by the caller."""
+        return torch.compiler.set_stance("fail_on_recompile")  # type: ignore[no-any-return]
+
+    def check_warm(self, bucket: Bucket) -> None:
+        """Raise where Dynamo compiled nothing, or CUDA graphs were asked for and skipped."""
+        seen = count_compilations() - self._before
+        if seen.graphs == 0:
+            raise Unavailable(f"torch.compile compiled nothing: {'; '.join(graph_break_reasons()) or 'no graph was found'}")
+
+    def notes(self) -> list[str]:
+        """Return what is worth knowing about the compiled code: graph breaks, skipped CUDA graphs."""
+        seen = count_compilations() - self._before
+        found = []
+        if seen.graph_breaks:
+            found.append(f"{self.name}: {seen.graph_breaks} graph breaks: {'; '.join(graph_break_reasons())}")
+        if self.reuses_outputs and seen.cudagraph_skips:
+            found.append(f"{self.name}: {seen.cudagraph_skips} graphs run without CUDA graphs")
+        return found
+
+
+def _fresh_function(module: nn.Module) -> Runner:
+    """Return a function around the module whose code object is its own.
+
+    Dynamo keeps compiled code by code object. Two modules of one class share theirs, and so the first one's settings:
+    freezing did nothing for a class that had been compiled before without it.
+    """
+
+    def forward(*inputs: torch.Tensor) -> Any:
+        return module(*inputs)
+
+    code = forward.__code__.replace(co_name=f"forward_{next(_code_names)}")
+    return types.FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__)

@@ -1,0 +1,175 @@
+"""`CompiledModel`: the callable that `compile_model` returns, dispatching inputs to buckets."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from optim.buckets import Bucket, cover, pick_length
+from optim.engines.base import Engine, Runner
+from optim.engines.inductor import RECOMPILE_TEXT
+from optim.errors import causes, is_device_error
+from optim.monitor import count_compilations
+from optim.report import CompileReport, Refusal
+from optim.shapes import Inputs, TensorSpec, cut, join, measure, normalize, pad, take_rows
+from optim.tree import flatten
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What serves one bucket."""
+
+    engine: Engine
+    run: Runner
+
+
+class CompiledModel:
+    """A module with an engine for every bucket; made by `compile_model`.
+
+    Call it like the module, with any number of rows: they are covered by buckets, padded and cut as needed. It never
+    compiles. Calls come from one thread at a time; where CUDA graphs serve a bucket, only from the thread that built
+    it, since their state belongs to that thread (pytorch issue 123177).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        lanes: Mapping[Bucket, Lane],
+        input_specs: tuple[TensorSpec, ...],
+        output_specs: tuple[TensorSpec, ...],
+        report: CompileReport,
+        samples: Mapping[Bucket, Inputs],
+    ) -> None:
+        self.device = device
+        self.input_specs = input_specs
+        self.output_specs = output_specs
+        self._report = report
+        self._module = module
+        self._lanes = dict(lanes)
+        self._lengths = sorted({bucket.length for bucket in lanes})
+        self._ms = {Bucket(b.batch_size, b.length or 0): b.ms or 0.0 for b in report.buckets}
+        self._owner = threading.get_ident()
+        self._bound_to_thread = any(lane.engine.reuses_outputs for lane in lanes.values())
+        self._compiled = any(lane.engine.name != "eager" for lane in lanes.values())
+        self._exact = {_shapes(inputs): bucket for bucket, inputs in samples.items()}
+        self._plan = lru_cache(maxsize=1024)(self._make_plan)
+
+    @property
+    def report(self) -> CompileReport:
+        """What was tried, chosen, measured and refused, and what happened since."""
+        return self._report
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The declared buckets, smallest first."""
+        return tuple(sorted(self._lanes))
+
+    @property
+    def max_batch_size(self) -> int:
+        """The largest declared number of rows; more are split over several runs."""
+        return max(bucket.batch_size for bucket in self._lanes)
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        """Return what the module returns for these inputs, on the model's device.
+
+        Raises what the module raises for them in eager mode.
+        """
+        if self._bound_to_thread and threading.get_ident() != self._owner:
+            raise RuntimeError("CUDA graphs belong to the thread that built this model; call it from there")
+        after = self._report.after_ready
+        after.calls += 1
+        before = count_compilations().graphs
+        try:
+            with torch.no_grad():
+                return self._dispatch(tuple(normalize(t, self.device) for t in inputs))
+        finally:
+            after.compilations += count_compilations().graphs - before
+
+    def _dispatch(self, inputs: Inputs) -> Any:
+        if not self._compiled:
+            return self._module(*inputs)
+        if not self._report.padding:
+            bucket = self._exact.get(_shapes(inputs))
+            return self._run_without_bucket(inputs) if bucket is None else self._run(bucket, inputs)
+        size = measure(self.input_specs, inputs)
+        if size is None:
+            return self._run_without_bucket(inputs)
+        rows, length = size
+        bucket_length = pick_length(length, self._lengths)
+        if bucket_length is None:
+            return self._run_without_bucket(inputs)
+        outputs: list[Any] = []
+        start = 0
+        for batch_size in self._plan(rows, bucket_length):
+            count = min(batch_size, rows - start)
+            part = take_rows(self.input_specs, inputs, start, count)
+            outputs.append(self._run_padded(Bucket(batch_size, bucket_length), part, count, length))
+            start += count
+        return join(self.output_specs, outputs)
+
+    def _make_plan(self, rows: int, length: int) -> tuple[int, ...]:
+        costs = {bucket.batch_size: ms for bucket, ms in self._ms.items() if bucket.length == length}
+        return cover(rows, costs)
+
+    def _run_padded(self, bucket: Bucket, part: Inputs, rows: int, length: int) -> Any:
+        if self._lanes[bucket].engine.name == "eager":  # needs no padding
+            return self._module(*part)
+        padded = tuple(normalize(t, self.device) for t in pad(self.input_specs, part, bucket.batch_size, bucket.length))
+        output = self._run(bucket, padded)
+        if (rows, length) == (bucket.batch_size, bucket.length):
+            return output
+        return cut(self.output_specs, output, rows, length)
+
+    def _run(self, bucket: Bucket, inputs: Inputs) -> Any:
+        lane = self._lanes[bucket]
+        try:
+            with lane.engine.serving():
+                output = lane.run(*inputs)
+        except Exception as error:
+            if is_device_error(error):
+                raise
+            return self._recover(bucket, lane, inputs, error)
+        if lane.engine.reuses_outputs:
+            # The one place where graph outputs are copied: the next replay overwrites them.
+            tensors, rebuild = flatten(output)
+            return rebuild([t.clone() for t in tensors])
+        return output
+
+    def _recover(self, bucket: Bucket, lane: Lane, inputs: Inputs, error: Exception) -> Any:
+        """Answer eager after a compiled run raised; where eager raises as well, it is the input's own error."""
+        output = self._module(*inputs)
+        after = self._report.after_ready
+        if any(RECOMPILE_TEXT in str(e) for e in causes(error)):
+            after.refused_compilations += 1
+            first = after.refused_compilations == 1
+        else:
+            after.failed_runs += 1
+            first = after.failed_runs == 1
+        if first:
+            refusal = Refusal.of(lane.engine.name, "serving", bucket, error)
+            self._report.refusals.append(refusal)
+            logger.warning("answered eager: %s", refusal)
+        return output
+
+    def _run_without_bucket(self, inputs: Inputs) -> Any:
+        output = self._module(*inputs)
+        after = self._report.after_ready
+        after.shapes_without_bucket += 1
+        if after.shapes_without_bucket == 1:
+            shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in inputs)
+            logger.warning("answered eager: no bucket holds inputs of %s", shapes)
+        return output
+
+
+def _shapes(inputs: Inputs) -> tuple[tuple[torch.dtype, torch.Size], ...]:
+    return tuple((t.dtype, t.shape) for t in inputs)

@@ -1,0 +1,37 @@
+"""Counting compilations: the end of silent fallbacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch._dynamo.utils import counters
+
+
+@dataclass(frozen=True)
+class CompileCounts:
+    """Dynamo's process-wide counts at one moment; subtract two to see what happened between them."""
+
+    graphs: int
+    graph_breaks: int
+    cudagraph_skips: int
+
+    def __sub__(self, earlier: CompileCounts) -> CompileCounts:
+        return CompileCounts(
+            self.graphs - earlier.graphs,
+            self.graph_breaks - earlier.graph_breaks,
+            self.cudagraph_skips - earlier.cudagraph_skips,
+        )
+
+
+def count_compilations() -> CompileCounts:
+    """Read the counters; two dictionary look-ups, so cheap enough for every call."""
+    return CompileCounts(
+        counters["stats"]["unique_graphs"],
+        sum(counters["graph_break"].values()),
+        counters["inductor"]["cudagraph_skips"],
+    )
+
+
+def graph_break_reasons(limit: int = 3) -> list[str]:
+    """Return the first lines of the most frequent graph-break reasons since the process started."""
+    return [reason.strip().splitlines()[0] for reason, _ in counters["graph_break"].most_common(limit)]

@@ -1,0 +1,168 @@
+"""Eager as the reference: examples, expected outputs, and what can be known of the module before compiling it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from optim.buckets import Bucket
+from optim.errors import ConfigError, ModelError, describe, is_device_error
+from optim.shapes import Example, Inputs, TensorSpec, cut, make_specs, normalize, pad
+from optim.tree import Rebuild, flatten, tensors_of
+from optim.verify import Mismatch, compare, other_data
+
+
+class Reference:
+    """Runs the module in eager mode and finds out what compiled code has to keep to.
+
+    `obstacle` is the reason why nothing compiled may replace the module, if there is one: it is not deterministic,
+    it changes its own state, or its outputs cannot be taken apart. Raises ModelError where the module fails.
+    """
+
+    def __init__(self, module: nn.Module, example: Example, grid: tuple[Bucket, ...], device: torch.device) -> None:
+        self._module = module
+        self._example = example
+        self._device = device
+        self._exact_module: nn.Module | None = None
+        self._exact_failed = False
+        self.notes: list[str] = []
+        self.obstacle: str | None = None
+        self.samples: dict[Bucket, Inputs] = {bucket: self._make_sample(bucket) for bucket in grid}
+        self.input_specs: tuple[TensorSpec, ...] = ()
+        self.output_specs: tuple[TensorSpec, ...] = ()
+        self.output_dtypes: tuple[torch.dtype, ...] = ()
+        self.rebuild: Rebuild = list
+        for bucket in sorted(grid, reverse=True):
+            self.check_eager(bucket)
+        self.obstacle = self._find_obstacle(min(grid))
+        self.rows_are_independent = self._find_specs(min(grid)) and self._padding_is_harmless()
+
+    def run(self, inputs: Inputs) -> Any:
+        """Return the module's eager outputs."""
+        return self._module(*inputs)
+
+    def check_eager(self, bucket: Bucket) -> None:
+        """Raise ModelError where the module fails on the bucket's example in eager mode."""
+        try:
+            self.run(self.samples[bucket])
+        except Exception as error:
+            if is_device_error(error):
+                raise
+            kind, message = describe(error)
+            shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in self.samples[bucket])
+            raise ModelError(
+                f"the model itself fails in eager mode on the example for bucket {bucket} ({shapes}): {kind}: {message}"
+            ) from error
+
+    def data(self, bucket: Bucket) -> Iterator[Inputs]:
+        """Yield the bucket's example, and other data of the same shape where eager takes them."""
+        yield self.samples[bucket]
+        other = other_data(self.samples[bucket])
+        try:
+            self.run(other)
+        except Exception as error:  # shuffled numbers need not be a valid request
+            if is_device_error(error):
+                raise
+            note = f"verified with the example alone: eager raises {type(error).__name__} on shuffled data"
+            if note not in self.notes:
+                self.notes.append(note)
+            return
+        yield other
+
+    def exact(self, inputs: Inputs) -> Callable[[], Any]:
+        """Return a function that computes the outputs in float64, or None where the module has no float64 form."""
+
+        def compute() -> Any:
+            if self._exact_failed:
+                return None
+            try:
+                if self._exact_module is None:
+                    self._exact_module = copy.deepcopy(self._module).double()
+                return self._exact_module(*(t.double() if t.is_floating_point() else t for t in inputs))
+            except Exception as error:
+                if is_device_error(error):
+                    raise
+                self._exact_failed = True
+                self.notes.append(f"no float64 reference: {': '.join(describe(error, 300))}")
+                return None
+
+        return compute
+
+    def _make_sample(self, bucket: Bucket) -> Inputs:
+        inputs = self._example(bucket.batch_size, bucket.length or None)
+        if isinstance(inputs, torch.Tensor):
+            inputs = (inputs,)
+        if not isinstance(inputs, tuple | list) or not all(isinstance(t, torch.Tensor) for t in inputs) or not inputs:
+            raise ConfigError("example", type(inputs).__name__, "return a tuple of tensors, the module's inputs")
+        return tuple(normalize(t, self._device) for t in inputs)
+
+    def _find_obstacle(self, bucket: Bucket) -> str | None:
+        inputs = self.samples[bucket]
+        state = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        before = {name: t._version for name, t in state.items() if not t.is_inference()}
+        first, second = self.run(inputs), self.run(inputs)
+        changed = [name for name, version in before.items() if state[name]._version != version]
+        if changed:
+            return f"the module changes its own state when called ({', '.join(changed[:3])})"
+        try:
+            compare(second, first)
+        except TypeError as error:
+            return str(error)
+        except Mismatch as error:
+            return f"the module gives different answers to the same input, so nothing can be verified ({error})"
+        self.rebuild = flatten(first)[1]
+        self.output_dtypes = tuple(t.dtype for t in tensors_of(first))
+        return None
+
+    def _find_specs(self, smallest: Bucket) -> bool:
+        """Find the free dimensions of inputs and outputs; return whether the batch dimension is free."""
+        lengths = sorted({bucket.length for bucket in self.samples})
+        small = self.samples[smallest]
+        try:
+            more = self._make_sample(Bucket(smallest.batch_size + 1, smallest.length))
+            longer = self._make_sample(Bucket(smallest.batch_size, lengths[1])) if len(lengths) > 1 else None
+            if longer is None and smallest.length > 1:
+                longer = self._make_sample(Bucket(smallest.batch_size, smallest.length - 1))
+            self.input_specs = make_specs(small, more, longer)
+            if self.obstacle:
+                return False
+            out = [None if x is None else tensors_of(self.run(x)) for x in (small, more, longer)]
+            assert out[0] is not None
+            self.output_specs = make_specs(out[0], out[1], out[2])
+        except Exception as error:  # the module or the example may know only the declared sizes
+            if is_device_error(error):
+                raise
+            self.notes.append(f"only exact bucket shapes are compiled: {': '.join(describe(error, 300))}")
+            self.input_specs = self.input_specs or make_specs(small, None, None)
+            self.output_specs = ()
+            return False
+        fixed = [i for i, spec in enumerate(self.output_specs) if spec.batch_dim is None]
+        if fixed or all(spec.batch_dim is None for spec in self.input_specs):
+            self.notes.append(f"only exact bucket shapes are compiled: outputs {fixed} do not follow the batch size")
+            return False
+        return True
+
+    def _padding_is_harmless(self) -> bool:
+        """Compare the smallest example alone with the same padded into the largest bucket, in eager mode."""
+        small, large = min(self.samples), max(self.samples)
+        inputs = self.samples[small]
+        if small == large:  # a single bucket: pad a smaller request into it
+            rows, length = max(1, large.batch_size - 1), max(large.length - 1, min(large.length, 1))
+            if (rows, length) == (large.batch_size, large.length):
+                return True
+            inputs = self._make_sample(Bucket(rows, length))
+            small = Bucket(rows, length)
+        alone = self.run(inputs)
+        padded = self.run(pad(self.input_specs, inputs, large.batch_size, large.length))
+        try:
+            compare(cut(self.output_specs, padded, small.batch_size, small.length), alone)
+        except Mismatch as error:
+            self.notes.append(
+                f"only exact bucket shapes are compiled: a request answers differently when padded into a batch ({error})"
+            )
+            return False
+        return True

@@ -1,0 +1,95 @@
+"""`CompileReport`: what was tried, chosen, measured and refused, and why; plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from optim.buckets import Bucket
+from optim.errors import describe
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an engine does not serve a bucket (or any, where `bucket` is none)."""
+
+    engine: str
+    stage: str
+    """`preflight`, `build`, `warm-up`, `verify` or `time`."""
+    bucket: str | None
+    exception: str | None
+    message: str
+
+    @classmethod
+    def of(cls, engine: str, stage: str, bucket: Bucket | None, error: BaseException) -> Refusal:
+        """Describe a caught exception."""
+        kind, message = describe(error)
+        return cls(engine, stage, None if bucket is None else str(bucket), kind, message)
+
+    def __str__(self) -> str:
+        where = f" for bucket {self.bucket}" if self.bucket else ""
+        kind = f"{self.exception}: " if self.exception else ""
+        return f"{self.engine} was refused at {self.stage}{where}: {kind}{self.message}"
+
+
+@dataclass
+class BucketReport:
+    """One bucket: the engine that serves it, its median ms and eager's from the same rounds, and the error found."""
+
+    batch_size: int
+    length: int | None
+    engine: str = "eager"
+    ms: float | None = None
+    eager_ms: float | None = None
+    speedup: float | None = None
+    max_abs_error: float | None = None
+    relative_error: float | None = None
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+@dataclass
+class AfterReady:
+    """What happened since the model was built; every figure but `calls` should stay 0."""
+
+    calls: int = 0
+    compilations: int = 0
+    """Graphs compiled during a call."""
+    refused_compilations: int = 0
+    """Calls that would have compiled, and ran eager instead."""
+    shapes_without_bucket: int = 0
+    """Calls whose shape or dtype no bucket holds, and that ran eager."""
+    failed_runs: int = 0
+    """Compiled runs that raised where eager then answered."""
+
+
+@dataclass
+class CompileReport:
+    """The whole story of one `compile_model`."""
+
+    torch_version: str
+    device: dict[str, Any]
+    config: dict[str, Any]
+    candidates: list[str] = field(default_factory=list)
+    """Engines in the order they were to be tried."""
+    buckets: list[BucketReport] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    """Refusals that concern an engine as a whole."""
+    notes: list[str] = field(default_factory=list)
+    """Decisions worth knowing that are not refusals."""
+    padding: bool = True
+    """Whether rows were found independent of their neighbours, so that batches may be padded and split."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where construction time went, by stage."""
+    after_ready: AfterReady = field(default_factory=AfterReady)
+
+    def engines(self) -> dict[str, str]:
+        """Return the engine of every bucket, by the bucket's name."""
+        return {str(Bucket(b.batch_size, b.length or 0)): b.engine for b in self.buckets}
+
+    def all_refusals(self) -> list[Refusal]:
+        """Return every refusal, those of single buckets included."""
+        return [*self.refusals, *(refusal for bucket in self.buckets for refusal in bucket.refusals)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data, ready for JSON."""
+        return asdict(self)
