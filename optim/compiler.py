@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +70,14 @@ def compile_model(
     if config.fallback == "fail":
         _raise_failures(report)
     return CompiledModel(
-        module, where, lanes, reference.input_specs, reference.output_specs, report, reference.samples
+        module,
+        where,
+        lanes,
+        reference.input_specs,
+        reference.output_specs,
+        report,
+        reference.samples,
+        reference.output_names,
     )
 
 
@@ -106,7 +114,7 @@ def _race(job: EngineJob, reference: Reference, report: CompileReport) -> dict[B
 
 
 @contextmanager
-def _clock(report: CompileReport, name: str) -> Any:
+def _clock(report: CompileReport, name: str) -> Iterator[None]:
     started = time.perf_counter()
     try:
         yield
@@ -181,16 +189,21 @@ def _verify(run: Runner, bucket: Bucket, reference: Reference, tolerance: float 
 def _announce(report: CompileReport) -> None:
     """Log what serves each bucket, and one warning for those left to eager although they were to be compiled."""
     logger.info("engines by bucket: %s", report.engines())
-    if not report.candidates:
-        return
     eager = [b for b in report.buckets if b.engine == "eager"]
-    if eager:
+    if eager and report.candidates:
         reasons = [*report.refusals, *(refusal for b in eager for refusal in b.refusals)]
         names = ", ".join(str(Bucket(b.batch_size, b.length or 0)) for b in eager)
-        logger.warning("buckets %s are served eager: %s", names, "; ".join(dict.fromkeys(map(str, reasons))))
-    served = [r for b in report.buckets if b.engine != "eager" for r in b.refusals]
-    for refusal in served if eager else [*report.refusals, *served]:
-        logger.info("%s", refusal)
+        logger.warning("buckets %s are served eager: %s", names, "; ".join(_group(reasons)))
+    elif report.all_refusals():
+        logger.info("refused on the way: %s", "; ".join(_group(report.all_refusals())))
+
+
+def _group(refusals: Iterable[Refusal]) -> list[str]:
+    """Say each reason once, with the buckets that it holds for."""
+    buckets: dict[Refusal, list[str]] = {}
+    for refusal in refusals:
+        buckets.setdefault(replace(refusal, bucket=None), []).append(refusal.bucket or "")
+    return [str(replace(reason, bucket=", ".join(filter(None, names)) or None)) for reason, names in buckets.items()]
 
 
 def _raise_failures(report: CompileReport) -> None:

@@ -63,7 +63,9 @@ def inspect_device(device: torch.device) -> DeviceInfo:
     else:
         name = f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
     capabilities = {
-        "cuda": Capability(True, str(torch.version.cuda)) if torch.cuda.is_available() else Capability(False, _no_cuda()),
+        "cuda": Capability(True, str(torch.version.cuda))
+        if torch.cuda.is_available()
+        else Capability(False, _no_cuda()),
         "cxx": _find_compiler(),
         "python_headers": _find_headers(),
         "triton": _find_distribution("triton"),
@@ -138,7 +140,9 @@ def _find_ipex(device: torch.device) -> Capability:
     if device.type != "cpu":
         return Capability(False, f"IPEX {found.detail} serves CPUs, and this device is {device}")
     if found.detail.split(".")[:2] != torch.__version__.split(".")[:2]:
-        return Capability(False, f"IPEX {found.detail} needs the torch of its own minor version, not {torch.__version__}")
+        return Capability(
+            False, f"IPEX {found.detail} needs the torch of its own minor version, not {torch.__version__}"
+        )
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
         return Capability(False, f"IPEX {found.detail} needs a CPU with AVX2")
     return Capability(True, found.detail)

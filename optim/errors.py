@@ -64,7 +64,8 @@ def is_device_error(error: BaseException) -> bool:
 def describe(error: BaseException, limit: int = 2000) -> tuple[str, str]:
     """Return the type name and message of an error, the innermost cause appended, cut to `limit` characters."""
     chain = list(causes(error))
-    message = str(error).strip()
+    # Dynamo ends every message with the same advice on environment variables.
+    message = str(error).partition("\n\nSet TORCHDYNAMO_VERBOSE")[0].strip()
     root = chain[-1]
     if root is not error and str(root).strip() and str(root).strip() not in message:
         message = f"{message} (caused by {type(root).__name__}: {str(root).strip()})"

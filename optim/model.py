@@ -49,8 +49,11 @@ class CompiledModel:
         output_specs: tuple[TensorSpec, ...],
         report: CompileReport,
         samples: Mapping[Bucket, Inputs],
+        output_names: tuple[str, ...] = (),
     ) -> None:
         self.device = device
+        #: The keys of the module's output, where it is a mapping; else none.
+        self.output_names = output_names
         self.input_specs = input_specs
         self.output_specs = output_specs
         self._report = report
@@ -68,6 +71,11 @@ class CompiledModel:
     def report(self) -> CompileReport:
         """What was tried, chosen, measured and refused, and what happened since."""
         return self._report
+
+    @property
+    def module(self) -> nn.Module:
+        """The eager module."""
+        return self._module
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from optim.buckets import Bucket
 from optim.errors import ConfigError, ModelError, describe, is_device_error
-from optim.shapes import Example, Inputs, TensorSpec, cut, make_specs, normalize, pad
+from optim.shapes import Example, Inputs, TensorSpec, cut, make_specs, normalize, pad, take_rows
 from optim.tree import Rebuild, flatten, tensors_of
 from optim.verify import Mismatch, compare, other_data
 
@@ -35,6 +35,7 @@ class Reference:
         self.input_specs: tuple[TensorSpec, ...] = ()
         self.output_specs: tuple[TensorSpec, ...] = ()
         self.output_dtypes: tuple[torch.dtype, ...] = ()
+        self.output_names: tuple[str, ...] = ()
         self.rebuild: Rebuild = list
         for bucket in sorted(grid, reverse=True):
             self.check_eager(bucket)
@@ -115,6 +116,8 @@ class Reference:
         except Mismatch as error:
             return f"the module gives different answers to the same input, so nothing can be verified ({error})"
         self.rebuild = flatten(first)[1]
+        if isinstance(first, Mapping) and all(isinstance(value, torch.Tensor) for value in first.values()):
+            self.output_names = tuple(map(str, first))
         self.output_dtypes = tuple(t.dtype for t in tensors_of(first))
         return None
 
@@ -147,22 +150,27 @@ class Reference:
         return True
 
     def _padding_is_harmless(self) -> bool:
-        """Compare the smallest example alone with the same padded into the largest bucket, in eager mode."""
+        """Compare, in eager mode, a request alone with the same among other rows, and padded to the longest length."""
         small, large = min(self.samples), max(self.samples)
-        inputs = self.samples[small]
-        if small == large:  # a single bucket: pad a smaller request into it
-            rows, length = max(1, large.batch_size - 1), max(large.length - 1, min(large.length, 1))
-            if (rows, length) == (large.batch_size, large.length):
-                return True
-            inputs = self._make_sample(Bucket(rows, length))
-            small = Bucket(rows, length)
-        alone = self.run(inputs)
-        padded = self.run(pad(self.input_specs, inputs, large.batch_size, large.length))
-        try:
-            compare(cut(self.output_specs, padded, small.batch_size, small.length), alone)
-        except Mismatch as error:
-            self.notes.append(
-                f"only exact bucket shapes are compiled: a request answers differently when padded into a batch ({error})"
-            )
-            return False
+        crowd = self.samples[large]
+        among = cut(self.output_specs, self.run(crowd), small.batch_size, large.length)
+        alone = self.run(take_rows(self.input_specs, crowd, 0, small.batch_size))
+        if small.batch_size == large.batch_size > 1:  # a single batch size: fewer rows will be padded into it
+            among = cut(self.output_specs, self.run(crowd), 1, large.length)
+            alone = self.run(take_rows(self.input_specs, crowd, 0, 1))
+        pairs = [("among other rows", among, alone)]
+        if large.length > 1:
+            short = small if small.length < large.length else Bucket(small.batch_size, large.length - 1)
+            inputs = self.samples.get(short) or self._make_sample(short)
+            padded = self.run(pad(self.input_specs, inputs, short.batch_size, large.length))
+            cut_again = cut(self.output_specs, padded, short.batch_size, short.length)
+            pairs.append(("when padded with zeros to a longer length", cut_again, self.run(inputs)))
+        for how, got, want in pairs:
+            try:
+                compare(got, want)
+            except Mismatch as error:
+                self.notes.append(
+                    f"only exact bucket shapes are compiled: a request answers differently {how} ({error})"
+                )
+                return False
         return True

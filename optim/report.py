@@ -27,7 +27,7 @@ class Refusal:
         return cls(engine, stage, None if bucket is None else str(bucket), kind, message)
 
     def __str__(self) -> str:
-        where = f" for bucket {self.bucket}" if self.bucket else ""
+        where = f" for bucket{'s' if ',' in self.bucket else ''} {self.bucket}" if self.bucket else ""
         kind = f"{self.exception}: " if self.exception else ""
         return f"{self.engine} was refused at {self.stage}{where}: {kind}{self.message}"
 

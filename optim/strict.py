@@ -15,11 +15,19 @@ T = TypeVar("T")
 Prepare = Mapping[str, Callable[[Mapping[Any, Any]], Mapping[Any, Any]]]
 
 
-def read_section(path: str, section: Any, cls: type[T], prepare: Prepare | None = None) -> T:
+def read_section(
+    path: str,
+    section: Any,
+    cls: type[T],
+    *,
+    prepare: Prepare | None = None,
+    given: Mapping[str, Callable[[], Any]] | None = None,
+) -> T:
     """Build `cls` from a mapping, section by section.
 
     `path` is the section's place in the file, for the messages; `prepare` rewrites a named subsection before
-    it is read. Raises ConfigError for anything but a mapping, an unknown key or a value of another type.
+    it is read; `given` are fields whose values come from elsewhere. Raises ConfigError for anything but a mapping,
+    an unknown key or a value of another type.
     """
     if section is None:
         section = {}
@@ -37,6 +45,7 @@ def read_section(path: str, section: Any, cls: type[T], prepare: Prepare | None 
             values[key] = read_section(f"{path}.{key}", value, typing.cast(type[Any], wanted))
         else:
             values[key] = _check_type(f"{path}.{key}", value, wanted)
+    values.update({key: make() for key, make in (given or {}).items()})
     return cls(**values)
 
 
@@ -52,6 +61,8 @@ def _check_type(path: str, value: Any, wanted: Any) -> Any:
         if _matches(value, option):
             if option is float:
                 return float(value)
+            if isinstance(value, tuple):
+                return list(value)
             return dict(value) if isinstance(value, Mapping) else value
     raise ConfigError(path, value, f"use {' or '.join(_name(option) for option in options)}")
 
@@ -62,6 +73,8 @@ def _matches(value: Any, wanted: Any) -> bool:
         return isinstance(value, str) and value in get_args(wanted)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_matches(item, get_args(wanted)[0]) for item in value)
     if isinstance(value, bool):  # a bool is an int to isinstance, but not to a reader of YAML
         return wanted is bool
     if wanted is float:
@@ -74,5 +87,7 @@ def _name(wanted: Any) -> str:
         return " or ".join(repr(choice) for choice in get_args(wanted))
     if get_origin(wanted) is Mapping:
         return "a mapping"
+    if get_origin(wanted) is list:
+        return f"a list, each item {_name(get_args(wanted)[0])}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "nothing"}
     return names.get(wanted, str(wanted))

@@ -53,7 +53,9 @@ class AotEngine(Engine):
     def _package(self, sample: tuple[torch.Tensor, ...], dynamic: Any) -> Runner:
         flat = FlatModule(self.job.module, self.job).eval()
         with torch.no_grad(), tempfile.TemporaryDirectory(prefix="pt2-aot-") as folder:
-            exported = torch.export.export(flat, sample, dynamic_shapes=None if dynamic is None else {"inputs": dynamic})
+            exported = torch.export.export(
+                flat, sample, dynamic_shapes=None if dynamic is None else {"inputs": dynamic}
+            )
             path = torch._inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "model.pt2"))
             loaded = torch._inductor.aoti_load_package(path)  # unpacks elsewhere, so the folder may go
         rebuild = self.job.rebuild

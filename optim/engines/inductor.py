@@ -133,7 +133,9 @@ class TorchCompileEngine(Engine):
         """Raise where Dynamo compiled nothing, or CUDA graphs were asked for and skipped."""
         seen = count_compilations() - self._before
         if seen.graphs == 0:
-            raise Unavailable(f"torch.compile compiled nothing: {'; '.join(graph_break_reasons()) or 'no graph was found'}")
+            raise Unavailable(
+                f"torch.compile compiled nothing: {'; '.join(graph_break_reasons()) or 'no graph was found'}"
+            )
 
     def notes(self) -> list[str]:
         """Return what is worth knowing about the compiled code: graph breaks, skipped CUDA graphs."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +38,9 @@ class IpexEngine(Engine):
         smallest = self.job.samples[min(self.job.samples)]
         reads = reads_values(self.job.module, smallest)
         if reads:
-            raise Unavailable(f"the module reads tensor values in Python ({', '.join(reads)}), which a trace would bake in")
+            raise Unavailable(
+                f"the module reads tensor values in Python ({', '.join(reads)}), which a trace would bake in"
+            )
 
     def build(self) -> None:
         """Optimise a copy of the module: eager stays what it was."""
@@ -67,6 +71,13 @@ class IpexEngine(Engine):
             return rebuild(frozen(*convert(inputs)))
 
         return run
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Keep IPEX from warning, at each bucket's first run, that it will drop the JIT path some day."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="JIT pass will be deprecated", category=UserWarning)
+            yield
 
     def _convert(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Bring images into channels_last: TorchServe converted weights only, and every call paid a reorder."""

@@ -1,0 +1,1 @@
+"""Serve a compiled PyTorch model with Ray Serve."""

@@ -1,0 +1,138 @@
+"""`ModelArgs`: what may be written under `args` in serve_config.yaml, checked before any replica starts."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from deployments.servable import Servable
+from optim.buckets import make_grid
+from optim.config import Pt2Config
+from optim.errors import ConfigError, describe
+from optim.strict import read_section
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingArgs:
+    """How requests are put together."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Rows of the compiled buckets; batches are covered by them at the least measured cost."""
+    lengths: list[int] | None = None
+    """Lengths of the compiled buckets, for models whose inputs vary in length; default none."""
+    wait_ms: float = 0.0
+    """How long `@serve.batch` waits for more requests; waiting ones merge on the model thread anyway. Default 0."""
+    max_queue: int = 64
+    """Rows a replica holds, waiting and running, before it answers 503 with Retry-After. Default 64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsArgs:
+    """What a single request may ask for."""
+
+    body_bytes: int = 16 * 1024 * 1024
+    """Largest request body; more is answered 413 before it is read. Default 16 MiB."""
+    rows: int = 64
+    """Most rows in one request of a tensor protocol. Default 64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """One served model: the `args` of one application."""
+
+    model: str
+    """Import path of the Servable: `package.module:Class`. Required."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of its constructor. Default none."""
+    name: str | None = None
+    """The model's name in URLs and of its deployment; default the class name as in `image-classifier`."""
+    version: str = "1"
+    """The model's version in URLs and replies. Default 1."""
+    pt2: Pt2Config = field(default_factory=Pt2Config)
+    """How it is compiled; any form TorchServe took. Default: the best engine for the replica's device."""
+    batching: BatchingArgs = field(default_factory=BatchingArgs)
+    """How requests are put together."""
+    limits: LimitsArgs = field(default_factory=LimitsArgs)
+    """What a request may ask for."""
+    threads: int | None = None
+    """CPU threads of the model; default the replica's `num_cpus`, at least 1."""
+
+    @classmethod
+    def parse(cls, args: Any) -> ModelArgs:
+        """Read and check `args`; ConfigError names the key, the value and what is allowed."""
+        if not isinstance(args, Mapping):
+            raise ConfigError("args", args, "use a mapping with at least `model: package.module:Class`")
+        if "model" not in args:
+            raise ConfigError("args.model", None, "name the servable as package.module:Class")
+        rest = {key: value for key, value in args.items() if key != "pt2"}
+        # The servable's module is imported before pt2 is read, since it may register a torch.compile backend.
+        servable_class = find_servable(args["model"])
+        parsed = read_section("args", rest, cls, given={"pt2": lambda: Pt2Config.parse(args.get("pt2"))})
+        _check(parsed)
+        _make_servable(servable_class, parsed.model_args)
+        return replace(parsed, name=parsed.name or _kebab(servable_class.__name__))
+
+    def make_servable(self) -> Servable:
+        """Return a new instance of the servable."""
+        return _make_servable(find_servable(self.model), self.model_args)
+
+
+def find_servable(path: Any) -> type[Servable]:
+    """Import a Servable class by `package.module:Class`; ConfigError says what went wrong."""
+    if not isinstance(path, str) or not re.fullmatch(r"[\w.]+:\w+", path):
+        raise ConfigError("args.model", path, "use package.module:Class")
+    module_name, _, class_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        kind, message = describe(error)
+        raise ConfigError("args.model", path, f"importing {module_name} ended in {kind}: {message}") from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        names = sorted(
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, Servable) and value is not Servable
+        )
+        raise ConfigError("args.model", path, f"{module_name} has the servables {', '.join(names) or '(none)'}")
+    if not isinstance(found, type) or not issubclass(found, Servable):
+        raise ConfigError("args.model", path, "name a subclass of deployments.servable.Servable")
+    return found
+
+
+def _make_servable(servable_class: type[Servable], model_args: Mapping[str, Any]) -> Servable:
+    try:
+        return servable_class(**model_args)
+    except ConfigError:
+        raise
+    except Exception as error:  # a TypeError for an unknown keyword, or the servable's own ValueError
+        kind, message = describe(error)
+        raise ConfigError(
+            "args.model_args", dict(model_args), f"{servable_class.__name__}: {kind}: {message}"
+        ) from error
+
+
+def _check(args: ModelArgs) -> None:
+    make_grid(args.batching.batch_sizes, args.batching.lengths)
+    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
+        raise ConfigError("args.name", args.name, "use letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.version):
+        raise ConfigError("args.version", args.version, "use letters, digits, '.', '_' and '-'")
+    at_least = (
+        ("batching.wait_ms", args.batching.wait_ms, 0),
+        ("batching.max_queue", args.batching.max_queue, max(args.batching.batch_sizes)),
+        ("limits.body_bytes", args.limits.body_bytes, 1),
+        ("limits.rows", args.limits.rows, 1),
+        ("threads", 1 if args.threads is None else args.threads, 1),
+    )
+    for key, value, least in at_least:
+        if value < least:
+            raise ConfigError(f"args.{key}", value, f"use {least} or more")
+
+
+def _kebab(name: str) -> str:
+    """Return a class name as it reads in a URL: ImageClassifier becomes image-classifier."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()

@@ -1,0 +1,159 @@
+"""The Ray Serve deployment: compiles in `__init__` on the model thread, batches with `@serve.batch`, answers callers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+
+from deployments.args import ModelArgs
+from deployments.errors import Overloaded
+from deployments.http import make_app
+from deployments.metrics import ModelMetrics
+from deployments.model_thread import ModelThread, Work
+from deployments.service import ModelService
+from optim import CompiledModel, compile_model
+from optim.shapes import Inputs
+
+#: Requests on top of the queue that a replica takes at once: health checks, metadata, and those answered 503.
+EXTRA_REQUESTS = 64
+
+
+@serve.ingress()
+class ModelReplica:
+    """One replica: one model, compiled for this replica's device, on one thread.
+
+    The event loop never touches the module. Over a handle: `predict`, `infer`, `report`.
+    """
+
+    async def __init__(self, args: ModelArgs) -> None:
+        """Load, compile and warm up; the replica takes traffic when this returns."""
+        _share_serve_log()
+        self._args = args
+        self._pending_rows = 0
+        self._metrics = ModelMetrics(args.name or "")
+        self._servable = args.make_servable()
+        self._host_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="host-work")
+        self._thread = ModelThread(args.name or "", self._metrics.record_batch)
+        self._model = await asyncio.wrap_future(self._thread.call(self._load))
+        self._metrics.record_report(self._model.report)
+        self._service = ModelService(args, self._servable, self._model, self._run, self._host_pool)
+        # Made here and not as a decorator: its figures come from the configuration, and it cannot be shared.
+        self._enter_batch = serve.batch(
+            max_batch_size=max(args.batching.batch_sizes),
+            batch_wait_timeout_s=args.batching.wait_ms / 1e3,
+            # It never merges batches that wait, so all may pass: they merge on the model thread.
+            max_concurrent_batches=args.batching.max_queue,
+        )(self._run_batch)
+
+    def _load(self) -> CompiledModel:
+        """Load and compile; runs on the model thread."""
+        device, threads = _own_resources(self._args.threads)
+        torch.set_num_threads(threads)
+        model = compile_model(
+            self._servable.load(),
+            self._servable.example,
+            self._args.pt2,
+            batch_sizes=self._args.batching.batch_sizes,
+            lengths=self._args.batching.lengths,
+            device=device,
+        )
+        self._thread.serve(model)
+        return model
+
+    async def _run(self, inputs: Inputs, rows: int) -> Any:
+        """Run one request; Overloaded where the queue is full."""
+        limit = self._args.batching.max_queue
+        if self._pending_rows and self._pending_rows + rows > limit:
+            self._metrics.rejected.inc()
+            raise Overloaded(f"the queue is full ({self._pending_rows} of {limit} rows)", self._seconds_to_drain())
+        self._pending_rows += rows
+        try:
+            future = await self._enter_batch(Work(inputs, rows))
+            # The future carries the request's own error: an exception in the batch's result list would be returned.
+            return await asyncio.wrap_future(future)
+        finally:
+            self._pending_rows -= rows
+
+    async def _run_batch(self, works: list[Work]) -> list[Any]:
+        """Hand what arrived together to the model thread; each request then waits for its own future."""
+        return [self._submit(work) for work in works]
+
+    def _submit(self, work: Work) -> Any:
+        try:
+            return self._thread.submit(work)
+        except Exception as error:  # one refusal must not fail the batch
+            work.future.set_exception(error)
+            return work.future
+
+    def _seconds_to_drain(self) -> int:
+        """Return whole seconds until what is queued now will have run, by the measured cost of the largest bucket."""
+        largest = self._model.report.buckets[-1]
+        per_row_ms = (largest.ms or 0.0) / largest.batch_size
+        return max(1, math.ceil(self._pending_rows * per_row_ms / 1e3))
+
+    async def predict(self, payload: Any) -> Any:
+        """Answer one request in the servable's own terms: payload in, reply out."""
+        return await self._service.predict(payload)
+
+    async def infer(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Run tensors with a batch dimension through the model; arrays by name in and out."""
+        return await self._service.infer(tensors)
+
+    async def report(self) -> dict[str, Any]:
+        """Return this replica's compile report."""
+        return self._model.report.to_dict()
+
+    async def check_health(self) -> None:
+        """Fail where the model thread is dead or its device broken: Ray then replaces the replica."""
+        self._metrics.record_after_ready(self._model.report.after_ready)
+        if self._thread.failure is not None:
+            raise RuntimeError(self._thread.failure)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Return the HTTP application; Ray Serve calls it when the replica is ready."""
+        return make_app(self._service)
+
+    async def __del__(self) -> None:
+        """Answer what was accepted, then end the threads; Ray Serve calls it once requests have drained."""
+        thread = getattr(self, "_thread", None)
+        if thread is not None:
+            await asyncio.to_thread(thread.close)
+        pool = getattr(self, "_host_pool", None)
+        if pool is not None:
+            pool.shutdown(wait=False)
+
+
+def make_deployment(args: ModelArgs) -> serve.Deployment:
+    """Return the deployment of a model, with the options that its batching implies."""
+    options = {
+        "name": args.name,
+        "max_ongoing_requests": args.batching.max_queue + EXTRA_REQUESTS,
+        "health_check_period_s": 5,
+    }
+    return serve.deployment(**options)(ModelReplica)  # type: ignore[no-any-return]
+
+
+def _own_resources(threads: int | None) -> tuple[str, int]:
+    """Return the device and the CPU threads that Ray gave this replica."""
+    assigned = ray.get_runtime_context().get_assigned_resources()
+    device = "cuda" if assigned.get("GPU", 0) > 0 else "cpu"
+    return device, threads or max(1, math.floor(assigned.get("CPU", 1)))
+
+
+def _share_serve_log() -> None:
+    """Send what `optim` and `deployments` log to where Ray Serve logs."""
+    serve_logger = logging.getLogger("ray.serve")
+    for name in ("optim", "deployments"):
+        ours = logging.getLogger(name)
+        ours.setLevel(serve_logger.level)
+        ours.propagate = False
+        for handler in serve_logger.handlers:
+            if handler not in ours.handlers:
+                ours.addHandler(handler)

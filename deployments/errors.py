@@ -1,0 +1,58 @@
+"""What can be wrong with a request, without a word of any protocol; picklable, so handle callers get the same errors."""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """A request that cannot be answered; `status` is its HTTP status."""
+
+    status = 500
+
+
+class BadRequest(RequestError):
+    """The payload cannot be understood or does not fit the model."""
+
+    status = 400
+
+
+class ModelNotFound(RequestError):
+    """No model of that name is served here."""
+
+    status = 404
+
+
+class VersionNotFound(RequestError):
+    """The model is served in another version."""
+
+    status = 404
+
+
+class BodyTooLarge(RequestError):
+    """The body is over `limits.body_bytes`."""
+
+    status = 413
+
+
+class ModelFailed(RequestError):
+    """The model raised on a valid request."""
+
+    status = 500
+
+
+class Overloaded(RequestError):
+    """The queue is full; try again after `retry_after_s` seconds."""
+
+    status = 503
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class NotReady(RequestError):
+    """The replica is starting, stopping or has lost its device."""
+
+    status = 503

@@ -1,0 +1,67 @@
+"""What a replica counts, through Ray Serve's metrics (tagged with application, deployment and replica by themselves)."""
+
+from __future__ import annotations
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from deployments.model_thread import BatchRecord
+from optim.report import AfterReady, CompileReport
+
+_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+_ROWS = [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+class ModelMetrics:
+    """The metrics of one replica; `record_batch` comes from the model thread, the rest from the event loop."""
+
+    def __init__(self, model: str) -> None:
+        tags = {"tag_keys": ("model",)}
+        self.rejected = Counter("pt2_rejected_total", "Requests answered 503 because the queue was full.", **tags)
+        self._batch_rows = Histogram("pt2_batch_rows", "Rows of each run of the model.", boundaries=_ROWS, **tags)
+        self._run_ms = Histogram("pt2_run_ms", "Time of each run of the model, ms.", boundaries=_MS, **tags)
+        self._wait_ms = Histogram("pt2_queue_wait_ms", "Wait of each run's oldest request, ms.", boundaries=_MS, **tags)
+        self._eager_buckets = Gauge(
+            "pt2_eager_buckets", "Buckets served eager although they were compiled for.", **tags
+        )
+        self._compilations = Gauge("pt2_compilations_after_ready", "Compilations since ready; should stay 0.", **tags)
+        self._fallbacks = Gauge(
+            "pt2_fallback_calls",
+            "Calls since ready that ran eager instead, by reason.",
+            tag_keys=("model", "reason"),
+        )
+        self._bucket_ms = Gauge(
+            "pt2_bucket_ms", "Measured ms of each bucket's engine.", tag_keys=("model", "bucket", "engine")
+        )
+        metrics = (
+            self.rejected,
+            self._batch_rows,
+            self._run_ms,
+            self._wait_ms,
+            self._eager_buckets,
+            self._compilations,
+            self._fallbacks,
+            self._bucket_ms,
+        )
+        for metric in metrics:
+            metric.set_default_tags({"model": model})
+
+    def record_batch(self, batch: BatchRecord) -> None:
+        """Count one run."""
+        self._batch_rows.observe(batch.rows)
+        self._run_ms.observe(batch.run_s * 1e3)
+        self._wait_ms.observe(batch.wait_s * 1e3)
+
+    def record_report(self, report: CompileReport) -> None:
+        """Publish what was chosen."""
+        for bucket in report.buckets:
+            name = f"{bucket.batch_size}x{bucket.length}" if bucket.length else str(bucket.batch_size)
+            self._bucket_ms.set(bucket.ms or 0.0, tags={"bucket": name, "engine": bucket.engine})
+        wanted = bool(report.candidates)
+        self._eager_buckets.set(sum(b.engine == "eager" for b in report.buckets) if wanted else 0)
+
+    def record_after_ready(self, after: AfterReady) -> None:
+        """Publish what should stay 0."""
+        self._compilations.set(after.compilations)
+        self._fallbacks.set(after.refused_compilations, tags={"reason": "compilation"})
+        self._fallbacks.set(after.failed_runs, tags={"reason": "failure"})
+        self._fallbacks.set(after.shapes_without_bucket, tags={"reason": "shape"})

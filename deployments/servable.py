@@ -1,0 +1,53 @@
+"""`Servable`: the small interface a user implements to serve a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from optim.shapes import Inputs
+
+
+class Servable(ABC):
+    """A model as a service: how it is loaded, what a request becomes, what the reply is.
+
+    `model_args` of the configuration are the constructor's keywords. The constructor also runs where the
+    configuration is checked, so it should look at its arguments and load nothing; raise ValueError for a bad one.
+    `load` and `example` run on the replica's model thread, `preprocess` and `postprocess` on other threads, several
+    at a time: they must not change the servable.
+    """
+
+    #: Names of the inputs and outputs for tensor protocols; None takes them from the module.
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """Return the module with its weights, on the CPU and in eval mode."""
+
+    @abstractmethod
+    def example(self, batch_size: int, length: int | None) -> Inputs:
+        """Return the module's inputs as a batch of requests would make them; warm-up and verification use them."""
+
+    def preprocess(self, payload: Any) -> Inputs:
+        """Turn one request into the module's inputs, without the batch dimension.
+
+        `payload` is bytes, text or decoded JSON over HTTP, and whatever the caller passed over a handle. Raise
+        BadRequest (or ValueError) for a payload that cannot be understood. By default tensors and arrays are taken.
+        """
+        items = payload if isinstance(payload, tuple) else (payload,)
+        return tuple(torch.as_tensor(item) for item in items)
+
+    def postprocess(self, output: Any) -> Any:
+        """Turn the module's output for one request (without the batch dimension) into the reply.
+
+        The reply is JSON-ready data, text or bytes. By default tensors become nested lists.
+        """
+        from optim.tree import flatten
+
+        tensors, rebuild = flatten(output)
+        return rebuild([t.tolist() for t in tensors])  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""torch.compile backends that fail in chosen ways; importing this module registers them (no Inductor, so they are fast)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+Compiled = Callable[..., Any]
+
+
+def _wrap(graph: fx.GraphModule, change: Callable[[torch.Tensor], torch.Tensor]) -> Compiled:
+    def run(*args: Any) -> Any:
+        return tuple(change(out) if isinstance(out, torch.Tensor) else out for out in graph.forward(*args))
+
+    return run
+
+
+def faithful(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    return graph.forward
+
+
+def raises(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    raise RuntimeError("this backend cannot compile anything")
+
+
+def raises_at_call(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    def run(*args: Any) -> Any:
+        raise IndexError("this backend's code cannot run")
+
+    return run
+
+
+def raises_on_four_rows(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    if any(isinstance(t, torch.Tensor) and t.shape == (4, 8) for t in inputs):
+        raise RuntimeError("four rows are too many")
+    return graph.forward
+
+
+def wrong(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    return _wrap(graph, lambda out: out + 0.05)
+
+
+def makes_nan(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    return _wrap(graph, lambda out: torch.full_like(out, float("nan")))
+
+
+def wrong_dtype(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    return _wrap(graph, lambda out: out.to(torch.float64))
+
+
+def stale(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Answer the first call's output for ever, as a graph with a stale input buffer does."""
+    kept: list[Any] = []
+
+    def run(*args: Any) -> Any:
+        if not kept:
+            kept.append(graph.forward(*args))
+        return kept[0]
+
+    return run
+
+
+def slow(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    def run(*args: Any) -> Any:
+        time.sleep(0.02)
+        return graph.forward(*args)
+
+    return run
+
+
+def out_of_memory(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+BACKENDS = {
+    f"pt2test_{function.__name__}": function
+    for function in (
+        faithful,
+        raises,
+        raises_at_call,
+        raises_on_four_rows,
+        wrong,
+        makes_nan,
+        wrong_dtype,
+        stale,
+        slow,
+        out_of_memory,
+    )
+}
+
+for _name, _function in BACKENDS.items():
+    if _name not in torch.compiler.list_backends(exclude_tags=()):
+        torch._dynamo.register_backend(_function, name=_name)  # type: ignore[arg-type]
