@@ -54,7 +54,7 @@ def _check_application(where: str, application: Mapping[str, Any]) -> list[str]:
     except ConfigError as error:
         return [f"{where}: {error}"]
     return [
-        f"{where}.deployments[{j}].name: {deployment.get('name')!r} is not allowed; the model's deployment is {args.name!r}"
+        f"{where}.deployments[{j}].name: {deployment.get('name')!r} is not allowed; this model's is {args.name!r}"
         for j, deployment in enumerate(_mappings(application.get("deployments")))
         if deployment.get("name") != args.name
     ]

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment: compiles in `__init__` on the model thread, batches with `@serve.batch`, answers callers."""
+"""The Ray Serve deployment: compiles in `__init__` on the model thread, batches with `@serve.batch`, answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModelReplica:
     The event loop never touches the module. Over a handle: `predict`, `infer`, `report`.
     """
 
-    async def __init__(self, args: ModelArgs) -> None:
+    async def __init__(self, args: ModelArgs) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load, compile and warm up; the replica takes traffic when this returns."""
         _share_serve_log()
         self._args = args
@@ -132,12 +132,12 @@ class ModelReplica:
 
 def make_deployment(args: ModelArgs) -> serve.Deployment:
     """Return the deployment of a model, with the options that its batching implies."""
-    options = {
-        "name": args.name,
-        "max_ongoing_requests": args.batching.max_queue + EXTRA_REQUESTS,
-        "health_check_period_s": 5,
-    }
-    return serve.deployment(**options)(ModelReplica)  # type: ignore[no-any-return]
+    decorate = serve.deployment(
+        name=str(args.name),
+        max_ongoing_requests=args.batching.max_queue + EXTRA_REQUESTS,
+        health_check_period_s=5,
+    )
+    return decorate(ModelReplica)
 
 
 def _own_resources(threads: int | None) -> tuple[str, int]:

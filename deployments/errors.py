@@ -1,4 +1,4 @@
-"""What can be wrong with a request, without a word of any protocol; picklable, so handle callers get the same errors."""
+"""What can be wrong with a request, in no protocol's words; picklable, so handle callers get the same errors."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route, get_route_path
+from starlette.routing import Route
 
 from deployments import oip, torchserve
 from deployments.errors import BadRequest, BodyTooLarge, Overloaded, RequestError
@@ -63,7 +63,7 @@ def _routing_error(request: Request, error: Exception) -> Response:
     """Answer for paths and methods that no route has."""
     assert isinstance(error, HTTPException)
     texts = {
-        404: f"no such path: {get_route_path(request.scope)}",
+        404: f"no such path: {_path(request)}",
         405: f"{request.method} is not allowed here; use {(error.headers or {}).get('Allow', 'another method')}",
     }
     text = texts.get(error.status_code, str(error.detail))
@@ -77,7 +77,7 @@ def _error(
     headers = headers or {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(error.retry_after_s)
-    is_oip = get_route_path(request.scope).startswith("/v2")
+    is_oip = _path(request).startswith("/v2")
     body = oip.error_body(error) if is_oip else torchserve.error_body(error, status)
     return _json(body, status, headers)
 
@@ -88,6 +88,12 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
     except ValueError as error:
         raise RequestError("the reply holds NaN or infinity, which JSON cannot carry") from error
     return Response(body.encode(), status, headers, media_type="application/json")
+
+
+def _path(request: Request) -> str:
+    """Return the path below the application's route prefix."""
+    path: str = request.scope["path"]
+    return path.removeprefix(request.scope.get("root_path", ""))
 
 
 def _request_id(request: Request) -> str:

@@ -1,4 +1,4 @@
-"""What a replica counts, through Ray Serve's metrics (tagged with application, deployment and replica by themselves)."""
+"""What a replica counts, through Ray Serve's metrics (which tag application, deployment and replica themselves)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from deployments.model_thread import BatchRecord
 from optim.report import AfterReady, CompileReport
 
-_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
-_ROWS = [1, 2, 4, 8, 16, 32, 64, 128]
+_MS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+_ROWS: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 class ModelMetrics:
@@ -27,10 +27,12 @@ class ModelMetrics:
         self._fallbacks = Gauge(
             "pt2_fallback_calls",
             "Calls since ready that ran eager instead, by reason.",
-            tag_keys=("model", "reason"),
+            tag_keys=("model", "reason"),  # type: ignore[arg-type]  # Ray annotates one key, and takes any number
         )
         self._bucket_ms = Gauge(
-            "pt2_bucket_ms", "Measured ms of each bucket's engine.", tag_keys=("model", "bucket", "engine")
+            "pt2_bucket_ms",
+            "Measured ms of each bucket's engine.",
+            tag_keys=("model", "bucket", "engine"),  # type: ignore[arg-type]
         )
         metrics = (
             self.rejected,

@@ -50,4 +50,5 @@ class Servable(ABC):
         from optim.tree import flatten
 
         tensors, rebuild = flatten(output)
-        return rebuild([t.tolist() for t in tensors])  # type: ignore[arg-type]
+        lists: list[Any] = [t.tolist() for t in tensors]
+        return rebuild(lists)

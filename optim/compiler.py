@@ -17,13 +17,13 @@ from optim.config import Pt2Config
 from optim.device import inspect_device, pick_device
 from optim.engines import EagerEngine, Engine, EngineJob, Unavailable, choose_engines
 from optim.engines.base import Runner
-from optim.errors import CompileError, describe, is_device_error
+from optim.errors import CompileError, is_device_error
 from optim.model import CompiledModel, Lane
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport, Refusal
 from optim.shapes import Example
 from optim.timing import time_in_turn
-from optim.verify import Difference, Mismatch, compare
+from optim.verify import TOLERANCES, Difference, Mismatch, compare
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _try_bucket(engine: Engine, bucket: Bucket, reference: Reference, row: Bucke
         engine.check_warm(bucket)
         stage = "verify"
         with engine.serving():
-            found = _verify(run, bucket, reference, asked.verify.tolerance)
+            found = _verify(run, bucket, reference, _tolerance(asked))
             stage = "time"
             ms, eager_ms = time_in_turn([run, engine.job.module], reference.samples[bucket], engine.job.info.device)
     except (Unavailable, Mismatch) as reason:
@@ -174,6 +174,13 @@ def _try_bucket(engine: Engine, bucket: Bucket, reference: Reference, row: Bucke
     row.engine, row.ms, row.speedup = engine.name, round(ms, 3), round(eager_ms / ms, 3)
     row.max_abs_error, row.relative_error = found.max_abs, found.relative
     return run
+
+
+def _tolerance(config: Pt2Config) -> float | None:
+    """Return the configured tolerance; without one, bf16's own where the engine computes in it (else the dtype's)."""
+    if config.verify.tolerance is None and config.precision == "bfloat16":
+        return TOLERANCES[torch.bfloat16]
+    return config.verify.tolerance
 
 
 def _verify(run: Runner, bucket: Bucket, reference: Reference, tolerance: float | None) -> Difference:

@@ -68,9 +68,9 @@ class VerifyConfig:
     """How a compiled result is held against eager's."""
 
     tolerance: float | None = None
-    """Allowed error relative to the value and to the tensor's RMS; default 1e-3 (float32), 2e-2 (half), 1e-6 (float64)."""
+    """Allowed error, relative to the value plus the RMS; default 1e-3 (float32), 2e-2 (half), 1e-6 (float64)."""
     warmup_calls: int = 3
-    """Calls of every bucket before it is trusted, at least 3: with CUDA graphs call 1 compiles, 2 records, 3 replays."""
+    """Calls of every bucket before it is trusted, 3 or more: with CUDA graphs, compile, record, replay. Default 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Pt2Config:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     """How the result is proven."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16` runs the compiled engine under bf16 where the CPU or GPU has it (eager stays float32). Default float32."""
+    """`bfloat16` runs compiled code in bf16 where the device has it (eager stays float32). Default float32."""
     fallback: Literal["eager", "fail"] = "eager"
     """After a compile failure: serve `eager` with the reason in the report, or `fail` to start. Default eager."""
 
@@ -202,7 +202,7 @@ def _check_options(options: Mapping[str, Any] | None) -> None:
             close = difflib.get_close_matches(key, known.values(), n=3)
             hint = f"close ones: {', '.join(close)}" if close else "see torch._inductor.list_options()"
             raise ConfigError(f"pt2.compile.options.{key}", value, f"Inductor has no such option; {hint}")
-        wanted = inductor_config.get_type(name)
+        wanted = inductor_config.get_type(name)  # type: ignore[attr-defined]
         # The same test as torch.compile's own: subscripted generics cannot be checked with isinstance.
         if get_origin(wanted) is None and not isinstance(value, wanted):
             raise ConfigError(

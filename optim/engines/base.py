@@ -14,7 +14,7 @@ from optim.buckets import Bucket
 from optim.config import Pt2Config
 from optim.device import DeviceInfo
 from optim.shapes import Inputs, TensorSpec
-from optim.tree import Rebuild
+from optim.tree import Rebuild, tensors_of
 
 Runner = Callable[..., Any]
 
@@ -96,8 +96,7 @@ class FlatModule(nn.Module):
         self._autocast = job.autocast
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        from optim.tree import tensors_of
-
+        """Return the flat outputs."""
         if self._autocast:
             with torch.autocast(self._device_type, torch.bfloat16):
                 outputs = tensors_of(self.module(*inputs))

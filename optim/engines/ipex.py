@@ -60,7 +60,7 @@ class IpexEngine(Engine):
         sample = self._convert(self.job.samples[bucket])
         with warnings.catch_warnings(), torch.no_grad():
             # Shapes read as Python numbers are right for this bucket, and values were looked for in preflight.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated, IPEX has no other way
             traced = torch.jit.trace(self._optimized, sample, check_trace=False, strict=False)
             frozen = torch.jit.freeze(traced.eval())

@@ -19,7 +19,7 @@ class _ValueReads(TorchDispatchMode):
     """Records the operators that hand a tensor's values to Python."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
 
     def __torch_dispatch__(
@@ -38,7 +38,8 @@ def reads_values(module: nn.Module, inputs: Inputs) -> list[str]:
     """
     with _ValueReads() as reads, torch.no_grad():
         module(*inputs)
-    return reads.found
+    found: list[str] = reads.found
+    return found
 
 
 def fold_padding(graph: torch.Graph) -> int:
@@ -52,12 +53,14 @@ def fold_padding(graph: torch.Graph) -> int:
         pad = conv.inputsAt(0).node()
         if pad.kind() not in ("aten::constant_pad_nd", "aten::pad"):
             continue
-        amounts = pad.inputsAt(1).toIValue()
+        amounts: Any = pad.inputsAt(1).toIValue()
+        mode: Any
+        value: Any
         if pad.kind() == "aten::pad":
             mode, value = pad.inputsAt(2).toIValue(), pad.inputsAt(3).toIValue()
         else:
             mode, value = "constant", pad.inputsAt(2).toIValue()
-        own = conv.inputsAt(4).toIValue()
+        own: Any = conv.inputsAt(4).toIValue()
         if mode != "constant" or value not in (None, 0, 0.0) or not isinstance(amounts, list) or len(amounts) != 4:
             continue
         left, right, top, bottom = amounts
@@ -65,7 +68,7 @@ def fold_padding(graph: torch.Graph) -> int:
         if left != right or top != bottom or min(amounts) < 0 or not isinstance(own, list) or len(own) != 2:
             continue
         with graph.insert_point_guard(conv):
-            total = graph.insertConstant([own[0] + top, own[1] + left])
+            total = graph.insertConstant([own[0] + top, own[1] + left])  # type: ignore[attr-defined]
         conv.replaceInput(4, total)
         conv.replaceInput(0, pad.inputsAt(0))
         folded += 1

@@ -1,4 +1,4 @@
-"""torch.compile backends that fail in chosen ways; importing this module registers them (no Inductor, so they are fast)."""
+"""torch.compile backends that fail in chosen ways; importing this module registers them (fast: no Inductor)."""
 
 from __future__ import annotations
 
@@ -94,4 +94,4 @@ BACKENDS = {
 
 for _name, _function in BACKENDS.items():
     if _name not in torch.compiler.list_backends(exclude_tags=()):
-        torch._dynamo.register_backend(_function, name=_name)  # type: ignore[arg-type]
+        torch._dynamo.register_backend(_function, name=_name)
