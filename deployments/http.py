@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,6 +20,8 @@ from deployments.errors import BadRequest, BodyTooLarge, Overloaded, RequestErro
 from deployments.service import ModelService
 
 logger = logging.getLogger(__name__)
+_DISCARD_BYTES = 64 * 1024 * 1024
+_DISCARD_S = 5.0
 Handler = Callable[[ModelService, Request], Awaitable[Response]]
 
 
@@ -102,17 +106,35 @@ def _request_id(request: Request) -> str:
 
 async def read_body(request: Request, limit: int) -> bytes:
     """Return the body; BodyTooLarge as soon as more than `limit` bytes are announced or have come."""
-    too_large = BodyTooLarge(f"the body is over the limit of {limit} bytes")
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise too_large
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
+    stream = request.stream()
+    chunks, size = [], int(announced) if announced.isdecimal() and int(announced) > limit else 0
+    if not size:
+        async for chunk in stream:
+            size += len(chunk)
+            if size > limit:
+                break
+            chunks.append(chunk)
+        else:
+            return b"".join(chunks)
+    if request.headers.get("connection", "").lower() == "close":
+        await _discard(stream)
+    raise BodyTooLarge(f"the body is over the limit of {limit} bytes")
+
+
+async def _discard(stream: AsyncIterator[bytes]) -> None:
+    """Read on for a while without keeping anything.
+
+    uvicorn closes a connection that asked for it as soon as the reply is written; a client that is still sending
+    then sees a reset and never reads the reply.
+    """
+    left = _DISCARD_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            async for chunk in stream:
+                left -= len(chunk)
+                if left < 0:
+                    break
 
 
 def _check_model(service: ModelService, request: Request) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -52,3 +53,13 @@ class Servable(ABC):
         tensors, rebuild = flatten(output)
         lists: list[Any] = [t.tolist() for t in tensors]
         return rebuild(lists)
+
+
+def forward_names(module: nn.Module, count: int) -> list[str]:
+    """Return the names of the module's first `count` positional inputs, or none where its signature does not tell."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # TorchScript and other callables without a signature
+        return []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
+    return names if len(names) == count else []

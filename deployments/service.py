@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
@@ -15,7 +14,7 @@ import torch
 
 from deployments.args import ModelArgs
 from deployments.errors import BadRequest, ModelFailed, ModelNotFound, RequestError, VersionNotFound
-from deployments.servable import Servable
+from deployments.servable import Servable, forward_names
 from optim import CompiledModel
 from optim.errors import describe
 from optim.shapes import Inputs, TensorSpec, measure
@@ -47,7 +46,7 @@ class ModelService:
         self._model = model
         self._run = run
         self._pool = host_pool
-        names = servable.input_names or _forward_names(model)
+        names = servable.input_names or forward_names(model.module, len(model.input_specs))
         self.inputs = _infos(names, model.input_specs, "input")
         self.outputs = _infos(servable.output_names or model.output_names, model.output_specs, "output")
 
@@ -147,16 +146,6 @@ def _infos(names: Any, specs: tuple[TensorSpec, ...], kind: str) -> tuple[Tensor
     if len(given) != len(specs):
         given = [f"{kind}_{i}" for i in range(len(specs))]
     return tuple(TensorInfo(name, spec.dtype, spec.shape) for name, spec in zip(given, specs, strict=True))
-
-
-def _forward_names(model: CompiledModel) -> list[str]:
-    """Return the names of the module's positional inputs, or none where its signature does not tell."""
-    try:
-        parameters = inspect.signature(model.module.forward).parameters.values()
-    except (TypeError, ValueError):  # TorchScript and other callables without a signature
-        return []
-    usual = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return usual[: len(model.input_specs)]
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

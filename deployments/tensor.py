@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from deployments.errors import BadRequest
-from deployments.servable import Servable
+from deployments.servable import Servable, forward_names
 from optim.errors import ConfigError
 from optim.shapes import Inputs
 from optim.strict import read_section
@@ -79,6 +79,12 @@ class TensorModel(Servable):
 
     def load(self) -> nn.Module:
         """Build the module, or read its file."""
+        module = self._build()
+        if self.input_names is None:
+            self.input_names = forward_names(module, len(self._inputs)) or None
+        return module
+
+    def _build(self) -> nn.Module:
         if self._source == "module":
             built = _find_factory(str(self._module))(**self._module_args)
             if not isinstance(built, nn.Module):

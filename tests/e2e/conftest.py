@@ -1,0 +1,129 @@
+"""One `serve run` for all end-to-end tests: the shipped configuration, and small models beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def _application(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "route_prefix": f"/{name}",
+        "import_path": "deployments.app:build",
+        "args": {"name": name, **args},
+        "deployments": [{"name": name, "ray_actor_options": {"num_cpus": 0.1}}],
+    }
+
+
+EAGER = {"compile": {"enable": False}}
+SMALL_MODELS = [
+    _application(
+        "tiny",
+        {
+            "model": "tests.support.servables:Tiny",
+            "pt2": {"compile": {"backend": "pt2test_faithful", "only_if_faster": False}},
+        },
+    ),
+    _application("broken", {"model": "tests.support.servables:Tiny", "pt2": "pt2test_raises_at_call"}),
+    _application("picky", {"model": "tests.support.servables:PickyServable", "pt2": EAGER}),
+    _application(
+        "slow",
+        {
+            "model": "tests.support.servables:PickyServable",
+            "model_args": {"delay_s": 0.5},
+            "pt2": EAGER,
+            "batching": {"batch_sizes": [1], "max_queue": 3},
+        },
+    ),
+]
+
+
+@dataclass
+class Server:
+    """A running `serve run`."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def request(
+        self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None, method: str | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body; an error status is an answer too."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data=body, headers=headers or {}, method=method
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.status, {k.lower(): v for k, v in reply.headers.items()}, reply.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+    def wait_until_ready(self, prefix: str, deadline_s: float = 1200) -> None:
+        """Wait for an application; fail with the log where the process ends or the deadline passes."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                break
+            try:
+                if self.request(f"{prefix}/v2/health/ready")[0] == 200:
+                    return
+            except OSError:
+                pass
+            time.sleep(0.5)
+        pytest.fail(f"{prefix or '/'} did not become ready:\n{self.log.read_text()[-5000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run `serve run` with the shipped configuration on a free port, the small models added."""
+    folder = tmp_path_factory.mktemp("e2e")
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    port = config["http_options"]["port"] = _free_port()
+    config["applications"] += SMALL_MODELS
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    log = folder / "serve.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "serve"), "run", str(path)],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(process, port, log)
+    try:
+        for application in config["applications"]:
+            server.wait_until_ready(application["route_prefix"].rstrip("/"))
+        yield server
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

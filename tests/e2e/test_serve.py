@@ -1,0 +1,234 @@
+"""What a user does: `serve run serve_config.yaml`, then requests; and what goes wrong then."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from deployments.vision import ImageClassifier
+from optim.device import inspect_device
+from tests.e2e.conftest import ROOT, Server
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    # Sockets of a server that is being killed, and Ray's own files.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+PREDICT = "/predictions/image-classifier"
+ROW = json.dumps([0.5, -1, 2, 0, 1, 3, -2, 0.25]).encode()
+JSON = {"Content-Type": "application/json"}
+
+
+def photos() -> list[bytes]:
+    """The sample photo seen in other ways, in every format: none of them is in the repository."""
+    cat = Image.open(ROOT / "examples" / "cat.jpg")
+    views = [
+        cat,
+        ImageOps.mirror(cat),
+        cat.rotate(15),
+        cat.crop((50, 0, 350, 300)),
+        ImageOps.solarize(cat),
+        cat.resize((90, 60)),
+    ]
+    encoded = []
+    for view, kind in zip(views, ["JPEG", "PNG", "WEBP"] * 2, strict=True):
+        buffer = io.BytesIO()
+        view.save(buffer, kind)
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def describe(server: Server, path: str) -> dict[str, Any]:
+    status, _, body = server.request(path)
+    assert status == 200
+    (description,) = json.loads(body)
+    report: dict[str, Any] = description["compileReport"]
+    return report
+
+
+def test_the_model_was_compiled_for_every_bucket_before_the_first_request(server: Server) -> None:
+    report = describe(server, "/models/image-classifier")
+    ipex = inspect_device(torch.device("cpu")).capabilities["ipex"].available
+    assert [b["batch_size"] for b in report["buckets"]] == [1, 2, 4, 8]
+    engines = {b["engine"] for b in report["buckets"]}
+    assert engines == {"ipex" if ipex else "inductor"}, report
+    for bucket in report["buckets"]:
+        assert bucket["ms"] <= bucket["eager_ms"]
+        assert bucket["max_abs_error"] < 1e-2
+
+
+def test_photos_get_eagers_labels_and_probabilities(server: Server) -> None:
+    classifier = ImageClassifier()
+    network = classifier.load()
+    for photo in photos():
+        status, headers, body = server.request(PREDICT, photo)
+        assert status == 200, body
+        assert headers["content-type"] == "application/json"
+        reply = json.loads(body)
+        with torch.no_grad():
+            want = classifier.postprocess(network(classifier.preprocess(photo)[0].unsqueeze(0))[0])
+        assert next(iter(reply)) == next(iter(want))
+        assert reply == pytest.approx(want, abs=1e-3)
+
+
+def test_many_callers_at_once_and_no_compilation(server: Server) -> None:
+    shots = photos()
+    with ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda i: (i, *server.request(PREDICT, shots[i % len(shots)])), range(200)))
+    assert Counter(status for _, status, _, _ in replies) == {200: 200}
+    bodies: dict[int, dict[str, float]] = {}
+    for i, _, _, body in replies:
+        first = bodies.setdefault(i % len(shots), json.loads(body))
+        assert json.loads(body) == pytest.approx(first, abs=1e-3)
+    for _ in range(8):  # whichever replica answers
+        after = describe(server, "/models/image-classifier")["after_ready"]
+        assert {k: v for k, v in after.items() if k != "calls"} == {
+            "compilations": 0,
+            "refused_compilations": 0,
+            "shapes_without_bucket": 0,
+            "failed_runs": 0,
+        }
+
+
+def test_a_handle_takes_bytes_and_arrays(server: Server) -> None:
+    script = """
+import io, sys, numpy, ray
+from PIL import Image
+from ray import serve
+from deployments.errors import BadRequest
+ray.init(address="auto", namespace="serve", log_to_driver=False)
+handle = serve.get_app_handle("image-classifier")
+photo = open("examples/cat.jpg", "rb").read()
+from_bytes = handle.predict.remote(photo).result()
+from_array = handle.predict.remote(numpy.asarray(Image.open(io.BytesIO(photo)))).result()
+assert from_bytes == from_array and len(from_bytes) == 5, (from_bytes, from_array)
+outputs = handle.infer.remote({"image": numpy.zeros((3, 3, 224, 224), numpy.float32)}).result()
+assert outputs["logits"].shape == (3, 1000)
+assert handle.report.remote().result()["buckets"]
+try:
+    handle.predict.remote(b"no photo").result()
+except BadRequest as error:
+    assert "not a JPEG" in str(error)
+else:
+    raise AssertionError("a text is no photo")
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_infer_gives_eagers_logits(server: Server) -> None:
+    images = torch.rand(3, 3, 224, 224) * 2 - 1
+    tensor = {"name": "image", "shape": [3, 3, 224, 224], "datatype": "FP32", "data": images.flatten().tolist()}
+    status, _, body = server.request("/v2/models/image-classifier/infer", json.dumps({"inputs": [tensor]}).encode())
+    assert status == 200, body
+    (output,) = json.loads(body)["outputs"]
+    assert output["shape"] == [3, 1000]
+    with torch.no_grad():
+        want = ImageClassifier().load()(images)
+    torch.testing.assert_close(torch.tensor(output["data"]).reshape(3, 1000), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "kind"),
+    [
+        ("/predictions/dog-classifier", b"x", 404, "ModelNotFoundException"),
+        (PREDICT, b"a text file", 400, "BadRequestException"),
+        (PREDICT, (ROOT / "examples" / "cat.jpg").read_bytes()[:9000], 400, "BadRequestException"),
+        (PREDICT, b"0" * (16 * 1024 * 1024 + 1), 413, "RequestEntityTooLargeException"),
+    ],
+)
+def test_bad_requests(server: Server, path: str, body: bytes, status: int, kind: str) -> None:
+    got, headers, text = server.request(path, body, {"x-request-id": "abc-123"})
+    reply = json.loads(text)
+    assert (got, reply["code"], reply["type"]) == (status, status, kind)
+    assert headers["x-request-id"] == "abc-123"
+    assert server.request(PREDICT, photos()[0])[0] == 200
+
+
+def test_a_backend_that_fails_at_first_call_costs_nobody_a_request(server: Server) -> None:
+    status, _, body = server.request("/broken/predictions/broken", ROW, JSON)
+    assert status == 200, body
+    report = describe(server, "/broken/models/broken")
+    assert {b["engine"] for b in report["buckets"]} == {"eager"}
+    for bucket in report["buckets"]:
+        (refusal,) = bucket["refusals"]
+        assert (refusal["stage"], refusal["exception"]) == ("warm-up", "IndexError")
+        assert "this backend's code cannot run" in refusal["message"]
+    log = server.log.read_text()
+    warnings = [line for line in log.splitlines() if "WARNING" in line and "are served eager" in line]
+    assert len([line for line in warnings if "pt2test_raises_at_call" in line]) == 1, log[-3000:]
+
+
+def test_a_request_that_the_model_fails_on_fails_alone(server: Server) -> None:
+    rows = [[13.0 if i == 5 else float(i)] * 8 for i in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(
+            pool.map(lambda row: server.request("/picky/predictions/picky", json.dumps(row).encode(), JSON), rows)
+        )
+    assert [status for status, _, _ in replies] == [500 if i == 5 else 200 for i in range(12)]
+    assert "thirteen is unlucky" in json.loads(replies[5][2])["message"]
+    for i, (_, _, body) in enumerate(replies):
+        if i != 5:
+            assert json.loads(body) == [2.0 * i] * 8
+
+
+def test_a_full_queue_is_answered_at_once_with_retry_after(server: Server) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(
+            pool.map(lambda _: server.request("/slow/predictions/slow", ROW, JSON), range(12)),
+        )
+    found = Counter(status for status, _, _ in replies)
+    assert set(found) == {200, 503}
+    assert found[200] >= 3
+    for status, headers, body in replies:
+        if status == 503:
+            assert int(headers["retry-after"]) >= 1
+            assert json.loads(body)["type"] == "ServiceUnavailableException"
+    status, _, body = server.request("/slow/v2/models/slow")
+    assert status == 200
+
+
+def test_a_killed_replica_is_replaced(server: Server) -> None:
+    def pid() -> int | None:
+        try:
+            status, _, body = server.request("/tiny/predictions/tiny", ROW, JSON)
+        except OSError:
+            return None
+        return int(json.loads(body)["pid"]) if status == 200 else None
+
+    first = pid()
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    deadline = time.monotonic() + 600
+    while pid() in (None, first):
+        assert time.monotonic() < deadline, "the replica was not replaced"
+        time.sleep(0.5)
+    report = describe(server, "/tiny/models/tiny")
+    assert {b["engine"] for b in report["buckets"]} == {"pt2test_faithful"}
+
+
+def test_serving_listens_on_loopback_alone(server: Server) -> None:
+    listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    addresses = {
+        fields[1].split(":")[0]
+        for fields in map(str.split, listening)
+        if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == server.port
+    }
+    assert addresses == {"0100007F"}

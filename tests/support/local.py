@@ -1,0 +1,44 @@
+"""A model served in this process, without Ray: the replica's parts put together as deployments.deployment does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from deployments.args import ModelArgs
+from deployments.model_thread import ModelThread, Work
+from deployments.service import ModelService
+from optim import compile_model
+from optim.shapes import Inputs
+
+
+@contextmanager
+def serve_locally(args: dict[str, Any]) -> Iterator[ModelService]:
+    """Yield the service of a model; its thread runs until the end."""
+    parsed = ModelArgs.parse(args)
+    servable = parsed.make_servable()
+    thread = ModelThread("local")
+
+    def load() -> None:
+        batching = parsed.batching
+        model = compile_model(
+            servable.load(),
+            servable.example,
+            parsed.pt2,
+            batch_sizes=batching.batch_sizes,
+            lengths=batching.lengths,
+            device="cpu",
+        )
+        thread.serve(model)
+        thread.model = model  # type: ignore[attr-defined]
+
+    async def run(inputs: Inputs, rows: int) -> Any:
+        return await asyncio.wrap_future(thread.submit(Work(inputs, rows)))
+
+    thread.call(load).result()
+    with ThreadPoolExecutor(2) as pool:
+        yield ModelService(parsed, servable, thread.model, run, pool)  # type: ignore[attr-defined]
+        thread.close()

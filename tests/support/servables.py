@@ -1,0 +1,64 @@
+"""Servables for tests, named by import path as a user's own would be."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from deployments.servable import Servable
+from optim.shapes import Inputs
+from tests.support import backends, models
+
+assert backends.BACKENDS  # importing it registers them, before the configuration is checked
+
+
+class Tiny(Servable):
+    """A row of eight numbers in, four and the replica's pid out."""
+
+    def load(self) -> nn.Module:
+        return models.Mlp().eval()
+
+    def example(self, batch_size: int, length: int | None) -> Inputs:
+        return models.features(batch_size)
+
+    def preprocess(self, payload: Any) -> Inputs:
+        if payload == "explode":
+            raise RuntimeError("this servable has a bug")
+        return (torch.tensor(payload, dtype=torch.float32),)
+
+    def postprocess(self, output: torch.Tensor) -> dict[str, Any]:
+        return {"values": output.tolist(), "pid": os.getpid()}
+
+
+class Picky(nn.Module):
+    """[B, 8] -> [B, 8]; raises where a row holds the number 13, and takes its time where asked to."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        super().__init__()
+        self.delay_s = delay_s
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.delay_s)
+        if bool((x == 13).any()):
+            raise ValueError("thirteen is unlucky")
+        return x * 2
+
+
+class PickyServable(Servable):
+    """Serves Picky eager."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self._delay_s = delay_s
+
+    def load(self) -> nn.Module:
+        return Picky(self._delay_s).eval()
+
+    def example(self, batch_size: int, length: int | None) -> Inputs:
+        return models.features(batch_size)
+
+    def preprocess(self, payload: Any) -> Inputs:
+        return (torch.tensor(payload, dtype=torch.float32),)
