@@ -10,7 +10,7 @@ endif
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
 
-.PHONY: install install-latest serve test test-latest check format clean
+.PHONY: install install-latest serve test test-latest check format bench clean
 
 install: .venv/.installed
 install-latest: .venv-latest/.installed
@@ -45,6 +45,11 @@ check: .venv/.installed
 format: .venv/.installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+# Prints the README's tables of figures, measured here.
+bench: .venv/.installed
+	.venv/bin/python -m benchmarks.engines
+	.venv/bin/python -m benchmarks.serving
 
 clean:
 	rm -rf .venv .venv-latest build *.egg-info

@@ -9,16 +9,19 @@ from ray.serve.exceptions import RayServeException
 
 from deployments.args import ModelArgs
 from deployments.deployment import make_deployment
+from deployments.driver import stop_serve_run_soon
 from optim.errors import ConfigError
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """Check `args` and return the application of one model; nothing is loaded here.
 
-    Raises RayServeException, the one error that Ray Serve reports without a traceback and without trying again.
+    Raises RayServeException, the one error that Ray Serve reports without a traceback and without trying again;
+    a `serve run` that has started its own Ray then ends.
     """
     try:
         parsed = ModelArgs.parse(args)
     except ConfigError as error:
-        raise RayServeException(f"configuration error: {error}") from None
+        stops = "; stopping `serve run`" if stop_serve_run_soon() else ""
+        raise RayServeException(f"configuration error: {error}{stops}") from None
     return make_deployment(parsed).bind(parsed)

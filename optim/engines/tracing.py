@@ -50,6 +50,9 @@ def fold_padding(graph: torch.Graph) -> int:
     """
     folded = 0
     for conv in [n for n in graph.nodes() if n.kind() in ("aten::_convolution", "aten::conv2d")]:
+        transposed: Any = conv.inputsAt(6).toIValue()
+        if conv.kind() == "aten::_convolution" and transposed is not False:
+            continue  # transposed: there, padding takes away
         pad = conv.inputsAt(0).node()
         if pad.kind() not in ("aten::constant_pad_nd", "aten::pad"):
             continue

@@ -98,6 +98,14 @@ def test_other_padding_stays(padding: tuple[int, ...], value: float) -> None:
         assert fold_padding(traced.graph) == 0
 
 
+def test_padding_before_a_transposed_convolution_stays() -> None:
+    module = models.SmallCnn().eval()
+    module.conv = torch.nn.ConvTranspose2d(3, 8, 3)  # type: ignore[assignment]
+    with torch.no_grad():
+        traced = torch.jit.freeze(torch.jit.trace(module, models.images(2)))
+        assert fold_padding(traced.graph) == 0
+
+
 def test_reading_a_shape_is_not_reading_a_value() -> None:
     assert reads_values(models.SmallCnn(), models.images(1)) == []
     assert reads_values(models.Branchy(), models.features(1)) == ["aten::_local_scalar_dense"]

@@ -1,0 +1,45 @@
+"""Ending `serve run` when the configuration is wrong: Ray Serve would log the mistake and wait for ever."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+from pathlib import Path
+
+#: Long enough for Ray to show the message, which comes through its controller's log.
+_DELAY_S = 2
+
+
+def stop_serve_run_soon() -> bool:
+    """Interrupt the `serve run` that started this Ray, as Ctrl-C would; return whether there is one.
+
+    Only a Ray that `serve run` started for itself is ended: there, the process above this worker's raylet is
+    `serve run`, and no other applications can be running. A cluster of its own is left alone.
+    """
+    pid = _serve_run_above(os.getppid())
+    if pid is None:
+        return False
+    # Ray ends the worker that builds an application as soon as that has failed, and its children with it: the
+    # process that waits has to be nobody's child.
+    subprocess.run(
+        ["/bin/sh", "-c", f"(sleep {_DELAY_S}; kill -INT {pid}) >/dev/null 2>&1 &"],
+        start_new_session=True,
+        check=False,
+    )
+    return True
+
+
+def _serve_run_above(raylet: int) -> int | None:
+    """Return the process id of the raylet's parent if that is `serve run`; None elsewhere and off Linux."""
+    try:
+        # The process' name, in parentheses, may hold spaces; the parent's id is the second field behind it.
+        parent = int(Path(f"/proc/{raylet}/stat").read_text().rpartition(")")[2].split()[1])
+        arguments = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (OSError, ValueError, IndexError):
+        return None
+    names = [Path(argument).name for argument in arguments if argument]
+    for first, second in itertools.pairwise(names):
+        if first == "serve" and second == "run":
+            return parent
+    return None
