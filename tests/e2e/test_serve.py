@@ -232,3 +232,18 @@ def test_serving_listens_on_loopback_alone(server: Server) -> None:
         if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == server.port
     }
     assert addresses == {"0100007F"}
+
+
+def test_what_was_accepted_is_answered_when_the_application_is_deleted(server: Server) -> None:
+    script = """
+import ray
+from ray import serve
+ray.init(address="auto", namespace="serve", log_to_driver=False)
+serve.delete("slow")
+"""
+    with ThreadPoolExecutor(4) as pool:
+        replies = [pool.submit(server.request, "/slow/predictions/slow", ROW, JSON) for _ in range(3)]
+        delete = pool.submit(subprocess.run, [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, check=True)
+        assert [reply.result()[0] for reply in replies] == [200] * 3
+        delete.result()
+    assert server.request("/slow/ping")[0] == 404
