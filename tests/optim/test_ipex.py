@@ -98,6 +98,22 @@ def test_other_padding_stays(padding: tuple[int, ...], value: float) -> None:
         assert fold_padding(traced.graph) == 0
 
 
+@pytest.mark.parametrize("size", [15, 16])
+@pytest.mark.parametrize(
+    ("padding", "kernel"), [((0, 1, 0, 1), 3), ((1, 2, 1, 2), 5), ((2, 0, 0, 1), 3), ((3, 0, 1, 1), 4)]
+)
+def test_uneven_padding_moves_into_the_kernel_of_a_depthwise_convolution(
+    padding: tuple[int, int, int, int], kernel: int, size: int
+) -> None:
+    module = torch.nn.Sequential(torch.nn.ZeroPad2d(padding), torch.nn.Conv2d(6, 6, kernel, stride=2, groups=6)).eval()
+    inputs = torch.randn(2, 6, size, size)
+    with torch.no_grad():
+        traced = torch.jit.freeze(torch.jit.trace(module, inputs))
+        assert fold_padding(traced.graph) == 1
+        assert not [n.kind() for n in traced.graph.nodes() if "pad" in n.kind()]
+        torch.testing.assert_close(traced(inputs), module(inputs))
+
+
 def test_padding_before_a_transposed_convolution_stays() -> None:
     module = models.SmallCnn().eval()
     module.conv = torch.nn.ConvTranspose2d(3, 8, 3)  # type: ignore[assignment]
