@@ -9,10 +9,12 @@ from pathlib import Path
 
 #: Long enough for Ray to show the message, which comes through its controller's log.
 _DELAY_S = 2
+#: How long `serve run` may take to shut down.
+_GRACE_S = 20
 
 
 def stop_serve_run_soon() -> bool:
-    """Interrupt the `serve run` that started this Ray, as Ctrl-C would; return whether there is one.
+    """End the `serve run` that started this Ray; return whether there is one.
 
     Only a Ray that `serve run` started for itself is ended: there, the process above this worker's raylet is
     `serve run`, and no other applications can be running. A cluster of its own is left alone.
@@ -21,12 +23,10 @@ def stop_serve_run_soon() -> bool:
     if pid is None:
         return False
     # Ray ends the worker that builds an application as soon as that has failed, and its children with it: the
-    # process that waits has to be nobody's child.
-    subprocess.run(
-        ["/bin/sh", "-c", f"(sleep {_DELAY_S}; kill -INT {pid}) >/dev/null 2>&1 &"],
-        start_new_session=True,
-        check=False,
-    )
+    # process that waits has to be nobody's child. The `serve run &` of a script has SIGINT ignored; SIGTERM ends
+    # that too, only less quietly.
+    wait = f"sleep {_DELAY_S}; kill -INT {pid}; sleep {_GRACE_S}; kill -TERM {pid}"
+    subprocess.run(["/bin/sh", "-c", f"({wait}) >/dev/null 2>&1 &"], start_new_session=True, check=False)
     return True
 
 

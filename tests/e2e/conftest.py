@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -61,6 +63,8 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    env: dict[str, str]
+    """With this environment, `ray.init(address="auto")` finds this server's Ray and no other."""
 
     def request(
         self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None, method: str | None = None
@@ -91,7 +95,7 @@ class Server:
         pytest.fail(f"{prefix or '/'} did not become ready:\n{self.log.read_text()[-5000:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
@@ -102,28 +106,33 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Run `serve run` with the shipped configuration on a free port, the small models added."""
     folder = tmp_path_factory.mktemp("e2e")
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    port = config["http_options"]["port"] = _free_port()
+    port = config["http_options"]["port"] = free_port()
     config["applications"] += SMALL_MODELS
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     log = folder / "serve.log"
+    # Not under pytest's folder: Ray's sockets lie in it, and their paths may have 107 characters.
+    ray_folder = tempfile.mkdtemp(prefix="ray-e2e-")
+    env = {**os.environ, "RAY_TMPDIR": ray_folder}
     with log.open("wb") as out:
         process = subprocess.Popen(
             [str(Path(sys.executable).parent / "serve"), "run", str(path)],
             cwd=ROOT,
+            env=env,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = Server(process, port, log)
+    server = Server(process, port, log, env)
     try:
         for application in config["applications"]:
             server.wait_until_ready(application["route_prefix"].rstrip("/"))
         yield server
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not SIGINT, which a process started in the background ignores
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        shutil.rmtree(ray_folder, ignore_errors=True)

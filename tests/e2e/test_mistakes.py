@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT
+from tests.e2e.conftest import ROOT, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def test_serve_run_ends_with_the_key_named(tmp_path: Path) -> None:
     text = (ROOT / "serve_config.yaml").read_text().replace("enable: true", "enabel: true")
+    text = text.replace("port: 8000", f"port: {free_port()}")
     assert "enabel" in text
     path = tmp_path / "config.yaml"
     path.write_text(text)

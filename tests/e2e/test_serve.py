@@ -129,7 +129,12 @@ else:
     raise AssertionError("a text is no photo")
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=ROOT,
+        env=server.env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -244,7 +249,8 @@ serve.delete("slow")
 """
     with ThreadPoolExecutor(4) as pool:
         replies = [pool.submit(server.request, "/slow/predictions/slow", ROW, JSON) for _ in range(3)]
-        delete = pool.submit(subprocess.run, [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, check=True)
+        command = [sys.executable, "-W", "ignore", "-c", script]
+        delete = pool.submit(subprocess.run, command, cwd=ROOT, env=server.env, check=True)
         assert [reply.result()[0] for reply in replies] == [200] * 3
         delete.result()
     deadline = time.monotonic() + 120  # the proxy hears of it a little later
