@@ -43,7 +43,9 @@ class ModelReplica:
         self._thread = ModelThread(args.name or "", self._metrics.record_batch)
         self._model = await asyncio.wrap_future(self._thread.call(self._load))
         self._metrics.record_report(self._model.report)
-        self._service = ModelService(args, self._servable, self._model, self._run, self._host_pool)
+        self._service = ModelService(
+            args, self._servable, self._model, self._run, self._host_pool, lambda: self._thread.failure
+        )
         # Made here and not as a decorator: its figures come from the configuration, and it cannot be shared.
         self._enter_batch = serve.batch(
             max_batch_size=max(args.batching.batch_sizes),

@@ -142,6 +142,8 @@ def _check_model(service: ModelService, request: Request) -> None:
 
 
 async def _ping(service: ModelService, request: Request) -> Response:
+    if service.failure() is not None:
+        return _json({"status": "Unhealthy"}, 500)
     return _json({"status": "Healthy"})
 
 
@@ -175,6 +177,7 @@ async def _live(service: ModelService, request: Request) -> Response:
 
 
 async def _ready(service: ModelService, request: Request) -> Response:
+    service.check_ready()
     return _json({"ready": True})
 
 
@@ -185,6 +188,7 @@ async def _model_metadata(service: ModelService, request: Request) -> Response:
 
 async def _model_ready(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
+    service.check_ready()
     return _json({"name": service.name, "ready": True})
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from deployments.args import ModelArgs
-from deployments.errors import BadRequest, ModelFailed, ModelNotFound, RequestError, VersionNotFound
+from deployments.errors import BadRequest, ModelFailed, ModelNotFound, NotReady, RequestError, VersionNotFound
 from deployments.servable import Servable, forward_names
 from optim import CompiledModel
 from optim.errors import describe
@@ -37,7 +37,13 @@ class ModelService:
     """Looks up, checks, and runs; all methods belong to the event loop, host work goes to a pool."""
 
     def __init__(
-        self, args: ModelArgs, servable: Servable, model: CompiledModel, run: Run, host_pool: Executor
+        self,
+        args: ModelArgs,
+        servable: Servable,
+        model: CompiledModel,
+        run: Run,
+        host_pool: Executor,
+        failure: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.args = args
         self.name = args.name or ""
@@ -46,6 +52,8 @@ class ModelService:
         self._model = model
         self._run = run
         self._pool = host_pool
+        #: Says why the model cannot answer any more, or None.
+        self.failure = failure
         names = servable.input_names or forward_names(model.module, len(model.input_specs))
         self.inputs = _infos(names, model.input_specs, "input")
         self.outputs = _infos(servable.output_names or model.output_names, model.output_specs, "output")
@@ -56,6 +64,12 @@ class ModelService:
             raise ModelNotFound(f"Model not found: {name}")
         if version is not None and version != self.version:
             raise VersionNotFound(f"Model version: {version} does not exist for model: {name}")
+
+    def check_ready(self) -> None:
+        """Raise NotReady where the model cannot answer any more."""
+        failure = self.failure()
+        if failure is not None:
+            raise NotReady(failure)
 
     def report(self) -> dict[str, Any]:
         """Return the compile report of the replica that answers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -34,9 +35,10 @@ class _ValueReads(TorchDispatchMode):
 def reads_values(module: nn.Module, inputs: Inputs) -> list[str]:
     """Return the operators by which the module looks at tensor values in Python; a trace would bake those in.
 
-    Run in plain eager mode, where shapes are plain integers: so asking for a shape is not counted.
+    Run in eager mode, where shapes are plain integers: so asking for a shape is not counted. The module is told that
+    it is being traced: transformers' models look at their masks' values only where they are not.
     """
-    with _ValueReads() as reads, torch.no_grad():
+    with mock.patch.object(torch.jit, "is_tracing", lambda: True), _ValueReads() as reads, torch.no_grad():
         module(*inputs)
     found: list[str] = reads.found
     return found

@@ -178,6 +178,19 @@ def test_other_errors_in_the_protocols_shape(client: TestClient) -> None:
     assert client.post("/v2/models/tiny/infer", content=b"0" * 4001).status_code == 413
 
 
+def test_health_tells_of_a_model_that_cannot_answer_any_more() -> None:
+    args = {"model": "tests.support.servables:PickyServable", "pt2": {"compile": {"enable": False}}}
+    with serve_locally(args) as service, TestClient(make_app(service)) as client:
+        assert client.get("/ping").status_code == 200
+        service.failure = lambda: "RuntimeError: CUDA error: device-side assert triggered"
+        assert client.get("/ping").json() == {"status": "Unhealthy"}
+        for path in ("/v2/health/ready", "/v2/models/picky-servable/ready"):
+            reply = client.get(path)
+            assert reply.status_code == 503
+            assert "device-side assert" in reply.json()["error"]
+        assert client.get("/v2/health/live").json() == {"live": True}
+
+
 def test_a_reply_that_json_cannot_carry_is_an_error_and_not_broken_json(client: TestClient) -> None:
     body = infer_body(data=[[float("nan")] * 8] * 2)
     reply = client.post("/v2/models/tiny/infer", content=json.dumps(body))

@@ -39,7 +39,7 @@ def test_every_bucket_is_compiled_and_any_number_of_rows_is_answered() -> None:
 
 def test_nothing_is_compiled_after_construction() -> None:
     module = models.Mlp().eval()
-    model = compile_model(module, models.features, use("faithful"), batch_sizes=(1, 2), device="cpu")
+    model = compile_model(module, models.features, use("faithful"), batch_sizes=(2,), device="cpu")
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     double = torch.randn(2, 8, dtype=torch.float64)
     module.double()
@@ -173,6 +173,13 @@ def test_lengths_are_padded_to_their_bucket_and_cut_again() -> None:
     assert model.report.after_ready.shapes_without_bucket == 0
     assert model(*models.tokens(1, 17))["tokens"].shape == (1, 17, 6)  # no bucket: eager, and counted
     assert model.report.after_ready.shapes_without_bucket == 1
+
+
+def test_code_that_ignores_the_mask_is_found_although_the_examples_have_none() -> None:
+    config = use("blind_to_masks")
+    model = compile_model(models.MaskedMean(), models.tokens, config, batch_sizes=(2,), lengths=(8,), device="cpu")
+    assert set(model.report.engines().values()) == {"eager"}
+    assert model.report.buckets[0].refusals[0].stage == "verify"
 
 
 def test_a_model_that_is_not_to_be_compiled() -> None:

@@ -40,5 +40,5 @@ def serve_locally(args: dict[str, Any]) -> Iterator[ModelService]:
 
     thread.call(load).result()
     with ThreadPoolExecutor(2) as pool:
-        yield ModelService(parsed, servable, thread.model, run, pool)  # type: ignore[attr-defined]
+        yield ModelService(parsed, servable, thread.model, run, pool, lambda: thread.failure)  # type: ignore[attr-defined]
         thread.close()
