@@ -1,7 +1,7 @@
 # make serve and make test need nothing but Python 3.11, make and gcc: each does its own set-up.
 
 PYTHON ?= python3.11
-EXTRAS := models,test,dev
+EXTRAS := models,openvino,test,dev
 ifeq ($(shell uname -sm),Linux x86_64)
 MAIN_EXTRAS := ipex,$(EXTRAS)
 else

@@ -18,6 +18,7 @@ from benchmarks.machine import describe_machine
 
 ENGINES: dict[str, Any] = {
     "ipex": {"compile": {"backend": "ipex", "only_if_faster": False}},
+    "openvino": {"compile": {"backend": "openvino", "only_if_faster": False}},
     "inductor frozen": {"compile": {"backend": "inductor", "only_if_faster": False}},
     "inductor": {"compile": {"backend": "inductor", "freeze": False, "only_if_faster": False}},
     "aot": {"export": {"aot_compile": True}, "compile": {"enable": False, "only_if_faster": False}},

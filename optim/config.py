@@ -13,22 +13,23 @@ import torch
 from optim.errors import ConfigError
 from optim.strict import read_section
 
-#: Names for `compile.backend` that are ours: measured choice, no compilation, and IPEX traced and frozen.
-OWN_BACKENDS = ("auto", "eager", "ipex")
+#: Names for `compile.backend` that are ours: measured choice, no compilation, IPEX traced, OpenVINO converted.
+OWN_BACKENDS = ("auto", "eager", "ipex", "openvino")
 
-#: Backends that exist but come in packages of their own: naming one that is absent is a fallback, not a mistake.
-OPTIONAL_BACKENDS: Mapping[str, str] = MappingProxyType(
+#: Backends that exist but come in packages of their own, and the module whose import registers them with torch:
+#: naming one that is absent is a fallback, not a mistake.
+OPTIONAL_BACKENDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "ipex": "intel-extension-for-pytorch",
-        "onnxrt": "onnxruntime and onnxscript",
-        "openvino": "openvino",
-        "openxla": "torch-xla",
-        "openxla_eval": "torch-xla",
-        "tensorrt": "torch-tensorrt",
-        "torch_tensorrt": "torch-tensorrt",
-        "torchxla_trace_once": "torch-xla",
-        "hpu_backend": "habana-torch-plugin",
-        "tvm": "apache-tvm",
+        "ipex": ("intel-extension-for-pytorch", "intel_extension_for_pytorch"),
+        "onnxrt": ("onnxruntime and onnxscript", "onnxruntime"),
+        "openvino": ("openvino", "openvino.torch"),
+        "openxla": ("torch-xla", "torch_xla"),
+        "openxla_eval": ("torch-xla", "torch_xla"),
+        "tensorrt": ("torch-tensorrt", "torch_tensorrt"),
+        "torch_tensorrt": ("torch-tensorrt", "torch_tensorrt"),
+        "torchxla_trace_once": ("torch-xla", "torch_xla"),
+        "hpu_backend": ("habana-torch-plugin", "habana_frameworks.torch"),
+        "tvm": ("apache-tvm", "tvm"),
     }
 )
 
@@ -40,7 +41,7 @@ class CompileConfig:
     enable: bool = True
     """Compile at all; `false` serves the module eager. Default true (TorchServe demanded it, we do not)."""
     backend: str = "auto"
-    """`auto` (IPEX on a CPU that has it, else Inductor), `eager`, `ipex`, `inductor`, or any backend torch lists."""
+    """`auto` (on a CPU IPEX, else Inductor), `eager`, `ipex`, `openvino`, `inductor`, or any that torch lists."""
     mode: str | None = None
     """Inductor's mode: `default`, `reduce-overhead` (CUDA graphs), `max-autotune`, `max-autotune-no-cudagraphs`."""
     options: Mapping[str, Any] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 import sysconfig
 import warnings
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def inspect_device(device: torch.device) -> DeviceInfo:
         "python_headers": _find_headers(),
         "triton": _find_distribution("triton"),
         "ipex": _find_ipex(device),
+        "openvino": _find_distribution("openvino"),
         "bfloat16": _find_bfloat16(device),
     }
     return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
@@ -89,6 +91,18 @@ def import_ipex() -> ModuleType:
         kind, message = describe(error)
         raise ImportError(f"importing intel_extension_for_pytorch ended in {kind}: {message}") from error
     return ipex  # type: ignore[no-any-return]
+
+
+def import_openvino() -> ModuleType:
+    """Import OpenVINO without the telemetry it brings along: a server tells nobody what it runs.
+
+    OpenVINO sends events when it is imported and for each conversion if `openvino_telemetry` can be imported, and
+    goes without otherwise.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: an import fails
+    import openvino
+
+    return openvino  # type: ignore[no-any-return]
 
 
 def _no_cuda() -> str:

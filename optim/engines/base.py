@@ -88,12 +88,12 @@ class FlatModule(nn.Module):
     Tracing and export want plain tuples; `EngineJob.rebuild` gives the structure back.
     """
 
-    def __init__(self, module: nn.Module, job: EngineJob) -> None:
+    def __init__(self, module: nn.Module, job: EngineJob, *, autocast: bool | None = None) -> None:
         super().__init__()
         self.module = module
         self._dtypes = job.output_dtypes
         self._device_type = job.info.device.type
-        self._autocast = job.autocast
+        self._autocast = job.autocast if autocast is None else autocast
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the flat outputs."""

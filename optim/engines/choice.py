@@ -6,6 +6,7 @@ from optim.engines.aot import AotEngine
 from optim.engines.base import Engine, EngineJob
 from optim.engines.inductor import TorchCompileEngine
 from optim.engines.ipex import IpexEngine
+from optim.engines.openvino import OpenVinoEngine
 
 
 def choose_engines(job: EngineJob) -> tuple[list[Engine], list[str]]:
@@ -22,6 +23,8 @@ def choose_engines(job: EngineJob) -> tuple[list[Engine], list[str]]:
         return [], ["compilation is switched off by the configuration"]
     if asked.backend == "ipex":
         return [IpexEngine(job)], []
+    if asked.backend == "openvino" and asked.options is None:  # its options are those of its torch.compile backend
+        return [OpenVinoEngine(job)], []
     if asked.backend != "auto":
         return [TorchCompileEngine(job, asked.backend)], []
     inductor = TorchCompileEngine(job)

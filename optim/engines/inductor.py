@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import types
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import nn
 from optim.buckets import Bucket
 from optim.config import OPTIONAL_BACKENDS
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
+from optim.errors import describe
 from optim.monitor import count_compilations, graph_break_reasons
 
 #: How torch words a compilation refused by the stance (it raises a plain RuntimeError).
@@ -59,10 +61,8 @@ class TorchCompileEngine(Engine):
 
     def preflight(self) -> None:
         """Look for the backend, and for what Inductor's code generation needs."""
-        listed = torch.compiler.list_backends(exclude_tags=())
-        if self.backend not in listed:
-            package = OPTIONAL_BACKENDS.get(self.backend, "a package that is not installed")
-            raise Unavailable(f"torch lists no backend {self.backend!r} here; it comes with {package}")
+        if self.backend not in torch.compiler.list_backends(exclude_tags=()):
+            self._register()
         require_precision(self.job)
         if isinstance(self.job.module, torch.jit.ScriptModule):
             raise Unavailable("the module is TorchScript, which Dynamo cannot trace into")
@@ -70,6 +70,18 @@ class TorchCompileEngine(Engine):
             if self._on_cuda:
                 require(self.job.info, "triton")
             require(self.job.info, "cxx", "python_headers")
+
+    def _register(self) -> None:
+        """Import the package that registers the backend; Unavailable with the reason where that does not help."""
+        package, module = OPTIONAL_BACKENDS[self.backend]
+        try:
+            importlib.import_module(module)
+        except (Exception, SystemExit) as error:  # such packages leave in all sorts of ways
+            missing = isinstance(error, ModuleNotFoundError)
+            why = "which is not installed" if missing else "whose import ended in {}: {}".format(*describe(error))
+            raise Unavailable(f"backend {self.backend!r} comes with {package}, {why}") from error
+        if self.backend not in torch.compiler.list_backends(exclude_tags=()):
+            raise Unavailable(f"{package} is installed, but registers no backend {self.backend!r} with torch")
 
     def build(self) -> None:
         """Wrap the module; nothing is compiled before the first call."""
