@@ -44,6 +44,7 @@ SMALL_MODELS = [
     ),
     _application("broken", {"model": "tests.support.servables:Tiny", "pt2": "pt2test_raises_at_call"}),
     _application("picky", {"model": "tests.support.servables:PickyServable", "pt2": EAGER}),
+    _application("fragile", {"model": "tests.support.servables:FragileServable", "pt2": EAGER}),
     _application(
         "slow",
         {

@@ -211,23 +211,38 @@ def test_a_full_queue_is_answered_at_once_with_retry_after(server: Server) -> No
     assert status == 200
 
 
-def test_a_killed_replica_is_replaced(server: Server) -> None:
-    def pid() -> int | None:
-        try:
-            status, _, body = server.request("/tiny/predictions/tiny", ROW, JSON)
-        except OSError:
-            return None
-        return int(json.loads(body)["pid"]) if status == 200 else None
+def pid_of(server: Server, name: str) -> int | None:
+    """Return the process of the replica that answers, or None while none does."""
+    try:
+        status, _, body = server.request(f"/{name}/predictions/{name}", ROW, JSON)
+    except OSError:
+        return None
+    return int(json.loads(body)["pid"]) if status == 200 else None
 
-    first = pid()
-    assert first is not None
-    os.kill(first, signal.SIGKILL)
+
+def wait_for_another_replica(server: Server, name: str, first: int) -> None:
     deadline = time.monotonic() + 600
-    while pid() in (None, first):
+    while pid_of(server, name) in (None, first):
         assert time.monotonic() < deadline, "the replica was not replaced"
         time.sleep(0.5)
+
+
+def test_a_killed_replica_is_replaced(server: Server) -> None:
+    first = pid_of(server, "tiny")
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    wait_for_another_replica(server, "tiny", first)
     report = describe(server, "/tiny/models/tiny")
     assert {b["engine"] for b in report["buckets"]} == {"pt2test_faithful"}
+
+
+def test_a_replica_whose_device_broke_says_so_and_is_replaced(server: Server) -> None:
+    first = pid_of(server, "fragile")
+    assert first is not None
+    status, _, body = server.request("/fragile/predictions/fragile", json.dumps([666.0] * 8).encode(), JSON)
+    assert status == 503
+    assert "device-side assert" in json.loads(body)["message"]
+    wait_for_another_replica(server, "fragile", first)
 
 
 def test_serving_listens_on_loopback_alone(server: Server) -> None:

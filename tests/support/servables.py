@@ -48,6 +48,31 @@ class Picky(nn.Module):
         return x * 2
 
 
+class Fragile(nn.Module):
+    """[B, 8] -> [B, 8]; where a row holds 666, the device is gone from then on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool((x == 666).any()):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return x * 2
+
+
+class FragileServable(Servable):
+    """Serves Fragile eager, and says from which process."""
+
+    def load(self) -> nn.Module:
+        return Fragile().eval()
+
+    def example(self, batch_size: int, length: int | None) -> Inputs:
+        return models.features(batch_size)
+
+    def preprocess(self, payload: Any) -> Inputs:
+        return (torch.tensor(payload, dtype=torch.float32),)
+
+    def postprocess(self, output: torch.Tensor) -> dict[str, Any]:
+        return {"values": output.tolist(), "pid": os.getpid()}
+
+
 class PickyServable(Servable):
     """Serves Picky eager."""
 
