@@ -106,10 +106,7 @@ class ModelService:
             value = tensors[info.name]
             tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
             if not spec.fits(tensor):
-                raise BadRequest(
-                    f"input {info.name}: expected {_short(info.dtype)} {list(info.shape)}, "
-                    f"got {_short(tensor.dtype)} {list(tensor.shape)}"
-                )
+                raise _misfit(info, info.shape, tensor)
             inputs.append(tensor)
         return tuple(inputs)
 
@@ -124,10 +121,7 @@ class ModelService:
             tensor = torch.as_tensor(item)
             batched = tensor if spec.batch_dim is None else tensor.unsqueeze(min(spec.batch_dim, tensor.dim()))
             if not spec.fits(batched):
-                raise BadRequest(
-                    f"input {info.name}: expected {_short(info.dtype)} {list(spec.row_shape())}, "
-                    f"got {_short(tensor.dtype)} {list(tensor.shape)}"
-                )
+                raise _misfit(info, spec.row_shape(), tensor)
             inputs.append(batched)
         return tuple(inputs)
 
@@ -153,6 +147,11 @@ class ModelService:
                 raise BadRequest(f"the request cannot be read: {kind}: {message}") from error
             logger.exception("the servable failed")
             raise ModelFailed(f"the servable failed: {kind}") from error
+
+
+def _misfit(info: TensorInfo, shape: tuple[int, ...], tensor: torch.Tensor) -> BadRequest:
+    expected = f"{_short(info.dtype)} {list(shape)}"
+    return BadRequest(f"input {info.name}: expected {expected}, got {_short(tensor.dtype)} {list(tensor.shape)}")
 
 
 def _infos(names: Any, specs: tuple[TensorSpec, ...], kind: str) -> tuple[TensorInfo, ...]:

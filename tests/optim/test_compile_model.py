@@ -221,3 +221,17 @@ def test_odd_strides_do_not_miss_their_bucket() -> None:
     equal_to_eager(model, module, (torch.randn(5, 8)[4:].as_strided((1, 8), (99, 1)),))
     equal_to_eager(model, module, (torch.randn(2, 8, requires_grad=True),))
     assert model.report.after_ready.refused_compilations == 0
+
+
+def test_an_example_that_knows_only_the_declared_lengths_is_enough() -> None:
+    def example(batch_size: int, length: int | None) -> tuple[torch.Tensor, ...]:
+        if length not in (8, 16):
+            raise KeyError(length)
+        return models.tokens(batch_size, length)
+
+    module = models.MaskedMean().eval()
+    model = compile_model(module, example, use("faithful"), batch_sizes=(1, 2), lengths=(8, 16), device="cpu")
+    assert set(model.report.engines().values()) == {"pt2test_faithful"}, model.report.all_refusals()
+    assert any("not verified with a shorter example" in note for note in model.report.notes)
+    inputs = models.tokens(2, 11)
+    torch.testing.assert_close(model(*inputs), module(*inputs))
