@@ -100,7 +100,8 @@ def _race(job: EngineJob, reference: Reference, report: CompileReport) -> dict[B
         with _clock(report, engine.name):
             if _prepare(engine, report):
                 # The largest first: with CUDA graphs, the smaller ones then share its memory.
-                for bucket in sorted(waiting, reverse=True):
+                for done, bucket in enumerate(sorted(waiting, reverse=True), 1):
+                    logger.info("%s: bucket %s (%d of %d)", engine.name, bucket, done, len(waiting))
                     run = _try_bucket(engine, bucket, reference, rows[bucket])
                     if run is not None:
                         lanes[bucket] = Lane(engine, run)
