@@ -48,7 +48,8 @@ format: .venv/.installed
 
 # Prints the README's tables of figures, measured here.
 bench: .venv/.installed
-	.venv/bin/python -m benchmarks.engines
+	.venv/bin/python -m benchmarks.engines --threads 2
+	.venv/bin/python -m benchmarks.engines --threads 1
 	.venv/bin/python -m benchmarks.serving
 
 clean:

@@ -79,7 +79,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, pt2 in VARIANTS.items():
             found[name].append(measure(pt2, options.threads, options.clients, options.seconds))
-    print(f"\nPhotos over HTTP, one replica of {options.threads} threads. {describe_machine()}\n")
+    print(f"\nPhotos over HTTP, one replica, its model on {options.threads} threads. {describe_machine()}\n")
     print("| clients | " + " | ".join(f"{name}: requests/s (p50 ms)" for name in VARIANTS) + " | ratio |")
     print("|---|" + "---|" * (len(VARIANTS) + 1))
     for i, clients in enumerate(options.clients):

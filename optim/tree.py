@@ -37,10 +37,10 @@ def _walk(value: Any, tensors: list[torch.Tensor], path: str) -> Rebuild:
         return _mapping_rebuild(type(value), parts)
     if isinstance(value, tuple | list):
         kids = [_walk(item, tensors, f"{path}[{i}]") for i, item in enumerate(value)]
-        kind = type(value)
-        if hasattr(kind, "_fields"):  # a named tuple takes its fields one by one
-            return lambda given: kind(*(kid(given) for kid in kids))
-        return lambda given: kind(kid(given) for kid in kids)
+        make = type(value)
+        if hasattr(make, "_fields"):  # a named tuple takes its fields one by one
+            return lambda given: make(*(kid(given) for kid in kids))
+        return lambda given: make(kid(given) for kid in kids)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value) if f.init]
         fields = {name: _walk(getattr(value, name), tensors, f"{path}.{name}") for name in names}
@@ -48,7 +48,11 @@ def _walk(value: Any, tensors: list[torch.Tensor], path: str) -> Rebuild:
         return lambda given: build(**{name: field(given) for name, field in fields.items()})
     if isinstance(value, type(None) | bool | int | float | complex | str | bytes):
         return lambda given: value
-    raise TypeError(f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be taken apart")
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    raise TypeError(
+        f"{path} is a {kind}, which cannot be taken apart; return tensors in tuples, lists, mappings or dataclasses "
+        "(transformers: use_cache=False)"
+    )
 
 
 def _mapping_rebuild(kind: type[Any], parts: dict[Any, Rebuild]) -> Rebuild:
