@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from deployments.errors import ModelFailed, NotReady, RequestError
+from deployments.errors import ModelFailed, NotReady
 from optim import CompiledModel, is_device_error
 from optim.errors import describe
 from optim.shapes import Inputs, take_rows
@@ -225,9 +225,8 @@ class ModelThread:
             works, jobs = list(self._waiting), list(self._jobs)
             self._waiting.clear()
             self._jobs.clear()
-        reason = RequestError if isinstance(error, RequestError) else NotReady
         for future in [*(work.future for work in works), *(future for _, future in jobs)]:
-            _fail(future, reason(f"the replica cannot serve any more: {self.failure}"))
+            _fail(future, NotReady(f"the replica cannot serve any more: {self.failure}"))
 
 
 def _complete(future: Future[Any], job: Callable[[], Any]) -> None:
