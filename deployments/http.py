@@ -56,7 +56,7 @@ def _guard(service: ModelService, handler: Handler) -> Callable[[Request], Await
             raise
         except RequestError as error:
             return _error(request, error)
-        except Exception:
+        except Exception:  # a bug of ours: the log has its traceback, the client its request id
             logger.exception("request %s failed", _request_id(request))
             return _error(request, RequestError(f"internal error; the log has it under request {_request_id(request)}"))
 

@@ -94,12 +94,12 @@ class ModelThread:
             self._wake.notify()
         return work.future
 
-    def close(self, timeout_s: float | None = None) -> None:
+    def close(self) -> None:
         """Answer what was accepted, then end the thread."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join(timeout_s)
+        self._thread.join()
 
     def _loop(self) -> None:
         try:

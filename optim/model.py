@@ -16,7 +16,7 @@ from optim.buckets import Bucket, cover, pick_length
 from optim.engines.base import Engine, Runner
 from optim.engines.inductor import RECOMPILE_TEXT
 from optim.errors import causes, is_device_error
-from optim.monitor import count_compilations
+from optim.monitor import count_graphs
 from optim.report import CompileReport, Refusal
 from optim.shapes import Inputs, TensorSpec, cut, join, measure, normalize, pad, take_rows
 from optim.tree import flatten
@@ -96,12 +96,12 @@ class CompiledModel:
             raise RuntimeError("CUDA graphs belong to the thread that built this model; call it from there")
         after = self._report.after_ready
         after.calls += 1
-        before = count_compilations().graphs
+        before = count_graphs()
         try:
             with torch.no_grad():
                 return self._dispatch(tuple(normalize(t, self.device) for t in inputs))
         finally:
-            after.compilations += count_compilations().graphs - before
+            after.compilations += count_graphs() - before
 
     def _dispatch(self, inputs: Inputs) -> Any:
         if not self._compiled:

@@ -23,10 +23,15 @@ class CompileCounts:
         )
 
 
+def count_graphs() -> int:
+    """Return the graphs compiled since the process started; two dictionary look-ups, so cheap enough for every call."""
+    return counters["stats"]["unique_graphs"]
+
+
 def count_compilations() -> CompileCounts:
-    """Read the counters; two dictionary look-ups, so cheap enough for every call."""
+    """Read all the counters."""
     return CompileCounts(
-        counters["stats"]["unique_graphs"],
+        count_graphs(),
         sum(counters["graph_break"].values()),
         counters["inductor"]["cudagraph_skips"],
     )

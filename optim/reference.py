@@ -59,9 +59,12 @@ class Reference:
                 f"the model itself fails in eager mode on the example for bucket {bucket} ({shapes}): {kind}: {message}"
             ) from error
 
-    def data(self, bucket: Bucket) -> Iterator[Inputs]:
-        """Yield the bucket's example, a shorter one padded, and other data of the same shape where eager takes them."""
-        yield self.samples[bucket]
+    def data(self, bucket: Bucket) -> Iterator[tuple[Inputs, Any]]:
+        """Yield inputs of the bucket's shape with eager's outputs: its example, and others where eager takes them.
+
+        The others are the example's values shuffled and, where there are lengths, a shorter example padded.
+        """
+        yield self.samples[bucket], self.run(self.samples[bucket])
         makers: list[tuple[str, Callable[[], Inputs]]] = [("shuffled data", lambda: other_data(self.samples[bucket]))]
         if bucket.length > 1 and self.rows_are_independent:
             # A mask of ones alone would not show that the compiled code heeds it.
@@ -69,7 +72,7 @@ class Reference:
         for what, make in makers:
             try:
                 inputs = make()
-                self.run(inputs)
+                outputs = self.run(inputs)
             except Exception as error:  # neither needs to be a valid request
                 if is_device_error(error):
                     raise
@@ -77,7 +80,7 @@ class Reference:
                 if note not in self.notes:
                     self.notes.append(note)
             else:
-                yield inputs
+                yield inputs, outputs
 
     def _make_padded(self, bucket: Bucket) -> Inputs:
         short = self._make_sample(Bucket(bucket.batch_size, bucket.length // 2))

@@ -38,7 +38,6 @@ class TorchCompileEngine(Engine):
         )
         self._run: Runner | None = None
         self._before = count_compilations()
-        self._graphs_seen = 0
 
     @property
     def frozen(self) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from optim.buckets import Bucket
 from optim.device import import_ipex
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
-from optim.engines.tracing import fold_padding, reads_values
+from optim.engines.tracing import fold_padding, require_traceable
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -35,12 +35,7 @@ class IpexEngine(Engine):
         require_precision(self.job)
         if isinstance(self.job.module, torch.jit.ScriptModule):
             raise Unavailable("the module is TorchScript already, which ipex.optimize does not take")
-        smallest = self.job.samples[min(self.job.samples)]
-        reads = reads_values(self.job.module, smallest)
-        if reads:
-            raise Unavailable(
-                f"the module reads tensor values in Python ({', '.join(reads)}), which a trace would bake in"
-            )
+        require_traceable(self.job)
 
     def build(self) -> None:
         """Optimise a copy of the module: eager stays what it was."""

@@ -9,7 +9,7 @@ import torch
 from optim.buckets import Bucket
 from optim.device import import_openvino
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
-from optim.engines.tracing import reads_values
+from optim.engines.tracing import require_traceable
 
 
 class OpenVinoEngine(Engine):
@@ -33,10 +33,7 @@ class OpenVinoEngine(Engine):
             raise Unavailable(f"this engine serves CPUs, and this device is {self.job.info.device}")
         if any(dtype == torch.bfloat16 for dtype in self._dtypes()):
             raise Unavailable("the module takes or returns bfloat16, which OpenVINO's arrays cannot carry")
-        smallest = self.job.samples[min(self.job.samples)]
-        reads = reads_values(self.job.module, smallest)
-        if reads:
-            raise Unavailable(f"the module reads tensor values in Python ({', '.join(reads)}), which a trace bakes in")
+        require_traceable(self.job)
 
     def build(self) -> None:
         """Convert with free shapes; weights are shared with the module."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from optim.engines.base import EngineJob, Unavailable
 from optim.shapes import Inputs
 
 #: Operators by which Python gets at a tensor's values: `.item()`, `bool(t)`, `.tolist()`, `torch.equal`.
@@ -42,6 +43,13 @@ def reads_values(module: nn.Module, inputs: Inputs) -> list[str]:
         module(*inputs)
     found: list[str] = reads.found
     return found
+
+
+def require_traceable(job: EngineJob) -> None:
+    """Raise Unavailable where a trace of the module would bake in values of its example."""
+    reads = reads_values(job.module, job.samples[min(job.samples)])
+    if reads:
+        raise Unavailable(f"the module reads tensor values in Python ({', '.join(reads)}), which a trace would bake in")
 
 
 def fold_padding(graph: torch.Graph) -> int:
