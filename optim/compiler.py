@@ -1,10 +1,12 @@
-"""`compile_model`: preflight, build, warm up, verify, time and choose, bucket by bucket."""
+"""`compile_model`: eager as the reference, a race or a named engine, and for every bucket what was proven best."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,20 +14,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from optim.arena import NoArena, race_apart
+from optim.attention import check_phase, kernel_of
 from optim.buckets import Bucket, make_grid
+from optim.builder import Builder
 from optim.config import Pt2Config
-from optim.device import inspect_device, pick_device
-from optim.engines import EagerEngine, Engine, EngineJob, Unavailable, choose_engines
-from optim.engines.base import Runner
-from optim.errors import CompileError, is_device_error
+from optim.device import pick_device
+from optim.engines import EngineJob, choose_engines
+from optim.errors import CompileError
 from optim.model import CompiledModel, Lane
+from optim.race import Event, Note, Race, Round, Standing, rank
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport, Refusal
 from optim.shapes import Example
-from optim.timing import time_in_turn
-from optim.verify import TOLERANCES, Difference, Mismatch, compare
+from optim.trial import Trial
 
 logger = logging.getLogger(__name__)
+
+#: Seconds a race may take where the configuration does not say: with two cores, enough for the engines that start fast
+#: and one that compiles.
+RACE_BUDGET_S = 60.0
+#: Seconds that the building of one engine, or the warm-up of one of its buckets, may take where no budget is given.
+ENGINE_LIMIT_S = 900.0
 
 
 def compile_model(
@@ -36,38 +46,40 @@ def compile_model(
     batch_sizes: Iterable[int] = (1, 2, 4, 8),
     lengths: Iterable[int] | None = None,
     device: str | torch.device | None = None,
+    phase: str = "forward",
 ) -> CompiledModel:
     """Compile a module for declared shapes and return a callable that is right, and never slower than eager.
 
     `example(batch_size, length)` returns the positional inputs as a request would make them (a tuple of tensors, or
     one tensor; `length` is None without `lengths`). `config` is a Pt2Config or any form that `Pt2Config.parse` reads.
-    `device` is where the model shall run; default CUDA where there is one. The module is moved there and put in
-    eval mode. Call from the thread that will run the model, with its thread count set.
+    `device` is where the model shall run; default CUDA where there is one. `phase` says what a call is (`forward`,
+    `prefill`, `decode`), for the attention kernels. The module is moved to the device and put in eval mode. Call from
+    the thread that will run the model, with its thread count set.
 
     Raises ConfigError for wrong arguments, ModelError where the module fails in eager mode, CompileError where it
-    cannot be compiled and `fallback` is `fail`, and device and memory errors as they come.
+    cannot be compiled and `fallback` is `fail` (or `strict` is set), and device and memory errors as they come.
     """
     config = Pt2Config.parse(config)
     grid = make_grid(batch_sizes, lengths)
     where = pick_device(device)
+    check_phase(phase)
     started = time.perf_counter()
-    info = inspect_device(where)
-    report = CompileReport(torch.__version__, info.to_dict(), config.to_dict())
-    module = module.to(where)
+    report = CompileReport(torch.__version__, {}, config.to_dict(), phase=phase, attention=kernel_of(config, phase))
+    module = _unwrap(module, report).to(where)
     if module.training:
         _put_in_eval_mode(module, report)
     with torch.no_grad():
         reference = Reference(module, example, grid, where)
+        job = EngineJob.of(module, config, reference, where, phase)
+        report.device = job.info.to_dict()
         report.padding = reference.rows_are_independent
-        job = EngineJob(
-            module, config, info, reference.samples, reference.input_specs, reference.output_dtypes, reference.rebuild
-        )
         report.seconds["eager"] = round(time.perf_counter() - started, 3)
-        lanes = _race(job, reference, report)
+        lanes = _choose(job, reference, report)
         report.notes += reference.notes  # now, since verification adds to them
+    _give_memory_back()
     report.seconds["total"] = round(time.perf_counter() - started, 3)
     _announce(report)
-    if config.fallback == "fail":
+    if config.fallback == "fail" or config.strict:
         _raise_failures(report)
     return CompiledModel(
         module,
@@ -78,40 +90,85 @@ def compile_model(
         report,
         reference.samples,
         reference.output_names,
+        strict=config.strict,
     )
 
 
-def _race(job: EngineJob, reference: Reference, report: CompileReport) -> dict[Bucket, Lane]:
-    """Try the engines in their order; each bucket keeps the first that is right and no slower than eager."""
-    eager = EagerEngine(job)
-    lanes = {bucket: Lane(eager, job.module) for bucket in job.samples}
-    rows = {b: BucketReport(b.batch_size, b.length or None) for b in sorted(job.samples)}
-    report.buckets = list(rows.values())
-    engines, notes = choose_engines(job)
-    report.notes += notes
-    report.candidates = [engine.name for engine in engines]
-    if engines and reference.obstacle:
-        report.refusals += [Refusal(e.name, "preflight", None, None, reference.obstacle) for e in engines]
-        engines = []
-    for engine in engines:
-        waiting = [bucket for bucket in lanes if lanes[bucket].engine is eager]
-        if not waiting:
-            break
-        with _clock(report, engine.name):
-            if _prepare(engine, report):
-                # The largest first: with CUDA graphs, the smaller ones then share its memory.
-                for done, bucket in enumerate(sorted(waiting, reverse=True), 1):
-                    logger.info("%s: bucket %s (%d of %d)", engine.name, bucket, done, len(waiting))
-                    run = _try_bucket(engine, bucket, reference, rows[bucket])
-                    if run is not None:
-                        lanes[bucket] = Lane(engine, run)
-                report.notes += engine.notes()
-    for bucket, row in rows.items():
-        if row.eager_ms is None:
-            row.eager_ms = time_in_turn([job.module], job.samples[bucket], job.info.device)[0]
-        if lanes[bucket].engine is eager:
-            row.ms, row.speedup = row.eager_ms, 1.0
-    return lanes
+def _choose(job: EngineJob, reference: Reference, report: CompileReport) -> dict[Bucket, Lane]:
+    """Find the engines to use, bucket by bucket, and build them."""
+    report.buckets = [BucketReport(b.batch_size, b.length or None) for b in sorted(job.samples)]
+    choice = choose_engines(job)
+    report.notes += choice.notes
+    report.candidates = list(choice.names)
+    names = choice.names
+    if reference.obstacle:
+        report.refusals += [Refusal(name, "preflight", None, None, reference.obstacle) for name in names]
+        names = ()
+    ranking: Mapping[Bucket, list[str]] = {bucket: list(names) for bucket in job.samples}
+    limit_s = job.config.tune.budget_s or ENGINE_LIMIT_S
+    trials: dict[str, Trial] = {}
+    if names and choice.race:
+        with _clock(report, "race"):
+            standing, trials = _race(job, reference, names, job.config.tune.budget_s or RACE_BUDGET_S, report)
+        _take_down(standing, report)
+        only_if_faster = job.config.compile.only_if_faster
+        ranking = {
+            b: [n for n in order if n != "eager"] if order[0] != "eager" else []
+            for b, order in rank(standing.rounds, keep_eager=only_if_faster).items()
+        }
+        # What took the race's whole budget there is not to be waited for any longer here.
+        limit_s = ENGINE_LIMIT_S
+    with _clock(report, "build"):
+        return Builder(job, reference, report, limit_s, trials).build(ranking)
+
+
+def _race(
+    job: EngineJob, reference: Reference, names: tuple[str, ...], budget_s: float, report: CompileReport
+) -> tuple[Standing, dict[str, Trial]]:
+    """Hold the race in a process of its own; on a GPU, or with a module that cannot be carried there, in this one."""
+    if job.info.device.type == "cpu":
+        try:
+            return race_apart(job, reference, names, budget_s, _tell), {}
+        except NoArena as reason:
+            report.notes.append(f"the race was held in this process: {reason}")
+            logger.info("the race is held in this process: %s", reason)
+    race = Race(job, reference, names, time.monotonic() + budget_s, _tell)
+    return race.run(), race.trials
+
+
+def _tell(event: Event) -> None:
+    """Log a race as it goes."""
+    if isinstance(event, str):
+        logger.info("race: %s", event)
+    elif isinstance(event, Round):
+        logger.info("race: bucket %s: %s", event.bucket, ", ".join(f"{n} {ms:.3g} ms" for n, ms in event.ms.items()))
+    elif isinstance(event, Note):
+        logger.info("race: %s", event.text)
+    else:
+        logger.info("race: %s", event)
+
+
+def _take_down(standing: Standing, report: CompileReport) -> None:
+    """Write a race into the report."""
+    rows = {Bucket(b.batch_size, b.length or 0): b for b in report.buckets}
+    for refusal in standing.refusals:
+        row = next((row for bucket, row in rows.items() if str(bucket) == refusal.bucket), None)
+        (report.refusals if row is None else row.refusals).append(refusal)
+    for found in standing.rounds:
+        rows[found.bucket].race.append(dict(found.ms))
+    report.notes += standing.notes
+
+
+def _unwrap(module: nn.Module, report: CompileReport) -> nn.Module:
+    """Return the module that torch.compile was given, where the caller has compiled it: eager has to be eager."""
+    original = getattr(module, "_orig_mod", None)
+    if isinstance(original, nn.Module):
+        report.notes.append("the module was compiled already; what is served and compared with is its original")
+        return original
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        module._compiled_call_impl = None
+        report.notes.append("the module was compiled in place; its compiled call was removed")
+    return module
 
 
 def _put_in_eval_mode(module: nn.Module, report: CompileReport) -> None:
@@ -123,6 +180,17 @@ def _put_in_eval_mode(module: nn.Module, report: CompileReport) -> None:
     report.notes.append("the module was in training mode and was put in eval mode")
 
 
+def _give_memory_back() -> None:
+    """Return what building freed to the system: glibc keeps it else."""
+    gc.collect()
+    if sys.platform == "linux":
+        import ctypes
+
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 @contextmanager
 def _clock(report: CompileReport, name: str) -> Iterator[None]:
     started = time.perf_counter()
@@ -132,76 +200,6 @@ def _clock(report: CompileReport, name: str) -> Iterator[None]:
         report.seconds[name] = round(time.perf_counter() - started, 3)
 
 
-def _prepare(engine: Engine, report: CompileReport) -> bool:
-    """Run preflight and build; a failure becomes a refusal of the whole engine."""
-    stage = "preflight"
-    try:
-        engine.preflight()
-        stage = "build"
-        with engine.building():
-            engine.build()
-    except Unavailable as reason:
-        report.refusals.append(Refusal(engine.name, stage, None, None, str(reason)))
-        return False
-    except (Exception, SystemExit) as error:
-        if is_device_error(error):
-            raise
-        report.refusals.append(Refusal.of(engine.name, stage, None, error))
-        return False
-    return True
-
-
-def _try_bucket(engine: Engine, bucket: Bucket, reference: Reference, row: BucketReport) -> Runner | None:
-    """Warm up, verify and time one bucket; return what runs it, or None with the reason in the report."""
-    asked = engine.job.config
-    stage = "warm-up"
-    try:
-        with engine.building():
-            run = engine.compile(bucket)
-            for _ in range(asked.verify.warmup_calls):
-                run(*reference.samples[bucket])
-        engine.check_warm(bucket)
-        stage = "verify"
-        with engine.serving():
-            found = _verify(run, bucket, reference, _tolerance(asked))
-            stage = "time"
-            ms, eager_ms = time_in_turn([run, engine.job.module], reference.samples[bucket], engine.job.info.device)
-    except (Unavailable, Mismatch) as reason:
-        row.refusals.append(Refusal(engine.name, stage, str(bucket), None, str(reason)))
-        return None
-    except (Exception, SystemExit) as error:
-        if is_device_error(error):
-            raise
-        # The same input once more in eager: where that fails too, it was never the compiler's fault.
-        reference.check_eager(bucket)
-        row.refusals.append(Refusal.of(engine.name, stage, bucket, error))
-        return None
-    row.eager_ms = round(eager_ms, 3)
-    if asked.compile.only_if_faster and ms > eager_ms:
-        message = f"slower than eager: {ms:.3g} ms against {eager_ms:.3g} ms"
-        row.refusals.append(Refusal(engine.name, "time", str(bucket), None, message))
-        return None
-    row.engine, row.ms, row.speedup = engine.name, round(ms, 3), round(eager_ms / ms, 3)
-    row.max_abs_error, row.relative_error = found.max_abs, found.relative
-    return run
-
-
-def _tolerance(config: Pt2Config) -> float | None:
-    """Return the configured tolerance; without one, bf16's own where the engine computes in it (else the dtype's)."""
-    if config.verify.tolerance is None and config.precision == "bfloat16":
-        return TOLERANCES[torch.bfloat16]
-    return config.verify.tolerance
-
-
-def _verify(run: Runner, bucket: Bucket, reference: Reference, tolerance: float | None) -> Difference:
-    """Compare with eager on the example and on other data; return the larger difference."""
-    found = Difference()
-    for inputs, expected in reference.data(bucket):
-        exact = reference.exact(inputs)
-        found = found.worst(compare(run(*inputs), expected, tolerance, exact))
-    return found
-
-
 def _announce(report: CompileReport) -> None:
     """Log what serves each bucket, and one warning for those left to eager although they were to be compiled."""
     logger.info("engines by bucket: %s", report.engines())
@@ -209,7 +207,8 @@ def _announce(report: CompileReport) -> None:
     if eager and report.candidates:
         reasons = [*report.refusals, *(refusal for b in eager for refusal in b.refusals)]
         names = ", ".join(str(Bucket(b.batch_size, b.length or 0)) for b in eager)
-        logger.warning("buckets %s are served eager: %s", names, "; ".join(_group(reasons)))
+        why = "; ".join(_group(reasons)) or "no engine was more than 5 % faster"
+        logger.warning("buckets %s are served eager: %s", names, why)
     elif report.all_refusals():
         logger.info("refused on the way: %s", "; ".join(_group(report.all_refusals())))
 
@@ -227,7 +226,7 @@ def _raise_failures(report: CompileReport) -> None:
     if not report.candidates:
         return
     for bucket in report.buckets:
-        too_slow = any(refusal.stage == "time" for refusal in bucket.refusals)
+        too_slow = any(refusal.stage == "time" for refusal in bucket.refusals) or any(len(r) > 1 for r in bucket.race)
         if bucket.engine == "eager" and not too_slow:
             reasons = "; ".join(map(str, [*report.refusals, *bucket.refusals]))
             name = Bucket(bucket.batch_size, bucket.length or 0)

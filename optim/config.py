@@ -13,8 +13,21 @@ import torch
 from optim.errors import ConfigError
 from optim.strict import read_section
 
-#: Names for `compile.backend` that are ours: measured choice, no compilation, IPEX traced, OpenVINO converted.
-OWN_BACKENDS = ("auto", "eager", "ipex", "openvino")
+#: Names for `compile.backend` that are ours: measured choice, no compilation, channels_last without compilation, IPEX
+#: traced or through torch.compile, OpenVINO and ONNX Runtime converted, Inductor as the race varies it, AOTInductor.
+OWN_BACKENDS = (
+    "auto",
+    "eager",
+    "channels_last",
+    "ipex",
+    "ipex-compile",
+    "openvino",
+    "onnxruntime",
+    "inductor-default",
+    "inductor-unfrozen",
+    "inductor-max-autotune",
+    "aot",
+)
 
 #: Backends that exist but come in packages of their own, and the module whose import registers them with torch:
 #: naming one that is absent is a fallback, not a mistake.
@@ -41,13 +54,13 @@ class CompileConfig:
     enable: bool = True
     """Compile at all; `false` serves the module eager. Default true (TorchServe demanded it, we do not)."""
     backend: str = "auto"
-    """`auto` (on a CPU IPEX, else Inductor), `eager`, `ipex`, `openvino`, `inductor`, or any that torch lists."""
+    """`auto` (the measured best), `eager`, `inductor`, `openvino`, `onnxruntime`, `ipex`, or any that torch lists."""
     mode: str | None = None
     """Inductor's mode: `default`, `reduce-overhead` (CUDA graphs), `max-autotune`, `max-autotune-no-cudagraphs`."""
     options: Mapping[str, Any] | None = None
     """Inductor options by name, as `torch.compile(options=...)`; not together with `mode`."""
     dynamic: bool | None = None
-    """`torch.compile(dynamic=...)`; default none: every bucket gets code for exactly its shape."""
+    """`true`: code for any batch size and length up to the largest bucket; default: code for exactly each bucket."""
     fullgraph: bool = False
     """Refuse (and so serve eager) a module that Dynamo cannot trace as one graph. Default false."""
     freeze: bool = True
@@ -62,6 +75,8 @@ class ExportConfig:
 
     aot_compile: bool = False
     """Compile ahead of time with AOTInductor (torch.export) instead of `torch.compile`. Default false."""
+    path: str | None = None
+    """A package to load instead of compiling (`torch._inductor.aoti_compile_and_package`); it is code, so trust it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +87,31 @@ class VerifyConfig:
     """Allowed error, relative to the value plus the RMS; default 1e-3 (float32), 2e-2 (half), 1e-6 (float64)."""
     warmup_calls: int = 3
     """Calls of every bucket before it is trusted, 3 or more: with CUDA graphs, compile, record, replay. Default 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """How `backend: auto` chooses."""
+
+    budget_s: float | None = None
+    """Seconds the race may take; default 60. Where given, it also bounds a backend that is named (else 900 s)."""
+    engines: list[str] | None = None
+    """The engines that race, best prospect first; default all that the device supports."""
+
+
+Kernel = Literal["math", "flash", "efficient", "cudnn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which SDPA kernel compiled code may use, by what a call of the model is; eager is never restricted."""
+
+    forward: Literal["flash", "efficient", "cudnn"] | None = None
+    """A whole forward pass; default PyTorch's choice. `math` is refused: it holds every score in memory."""
+    prefill: Literal["flash", "efficient", "cudnn"] | None = None
+    """The prefill of a prompt; as `forward`."""
+    decode: Kernel | None = "math"
+    """Decoding one token; default `math`, which Inductor fuses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +127,18 @@ class Pt2Config:
     """Ahead-of-time compilation."""
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     """How the result is proven."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16` runs compiled code in bf16 where the device has it (eager stays float32). Default float32."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """How `auto` chooses."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Which attention kernels compiled code may use."""
+    autocast: bool = False
+    """Run compiled code under bf16 autocast where the device has bf16 (eager stays as it is). Default false."""
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
+    """Float32 products in compiled code: `high` allows TF32 (TorchServe's setting), `medium` bf16. Default none."""
     fallback: Literal["eager", "fail"] = "eager"
     """After a compile failure: serve `eager` with the reason in the report, or `fail` to start. Default eager."""
+    strict: bool = False
+    """Make every silent loss an error: a compile failure, a skipped CUDA graph, a call that compiles. Default false."""
 
     @classmethod
     def parse(cls, section: Any = None) -> Pt2Config:
@@ -154,12 +202,20 @@ def _check(config: Pt2Config, section: Mapping[Any, Any]) -> None:
             "torch.compile takes mode or options, not both; modes can be written as options "
             "(reduce-overhead is {triton.cudagraphs: true})",
         )
-    _check_backend(compile_.backend)
-    if compile_.backend in ("auto", "inductor"):
+    _check_backend("pt2.compile.backend", compile_.backend)
+    if compile_.backend == "auto" or compile_.backend.startswith("inductor"):
         _check_mode(compile_.mode)
         _check_options(compile_.options)
     if config.verify.warmup_calls < 3:
         raise ConfigError("pt2.verify.warmup_calls", config.verify.warmup_calls, "use 3 or more")
+    if config.tune.budget_s is not None and not config.tune.budget_s > 0:
+        raise ConfigError("pt2.tune.budget_s", config.tune.budget_s, "use seconds above 0")
+    for i, engine in enumerate(config.tune.engines or ()):
+        _check_backend(f"pt2.tune.engines[{i}]", engine, not_allowed=("auto", "eager"))
+    if config.tune.engines and (compile_.backend != "auto" or config.export.aot_compile):
+        raise ConfigError("pt2.tune.engines", config.tune.engines, "only with pt2.compile.backend: auto")
+    if config.export.path is not None and not config.export.aot_compile:
+        raise ConfigError("pt2.export.path", config.export.path, "only with pt2.export.aot_compile: true")
     tolerance = config.verify.tolerance
     if tolerance is not None and not 0 < tolerance < 1:
         raise ConfigError("pt2.verify.tolerance", tolerance, "use a number between 0 and 1")
@@ -169,15 +225,15 @@ def _compile_keys() -> tuple[str, ...]:
     return ("compile", "disable", *CompileConfig.__dataclass_fields__)
 
 
-def _check_backend(backend: str) -> None:
+def _check_backend(key: str, backend: str, not_allowed: tuple[str, ...] = ()) -> None:
     listed = torch.compiler.list_backends(exclude_tags=())
-    if backend in OWN_BACKENDS or backend in OPTIONAL_BACKENDS or backend in listed:
+    if backend not in not_allowed and (backend in OWN_BACKENDS or backend in OPTIONAL_BACKENDS or backend in listed):
         return
     usual = [*OWN_BACKENDS, *torch.compiler.list_backends()]
-    names = sorted({*usual, *OPTIONAL_BACKENDS})
+    names = sorted({*usual, *OPTIONAL_BACKENDS} - {*not_allowed})
     close = difflib.get_close_matches(backend, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError("pt2.compile.backend", backend, f"{hint}use one of {', '.join(names)}")
+    raise ConfigError(key, backend, f"{hint}use one of {', '.join(names)}")
 
 
 def _check_mode(mode: str | None) -> None:

@@ -72,6 +72,7 @@ def inspect_device(device: torch.device) -> DeviceInfo:
         "triton": _find_distribution("triton"),
         "ipex": _find_ipex(device),
         "openvino": _find_distribution("openvino"),
+        "onnxruntime": _find_onnxruntime(),
         "bfloat16": _find_bfloat16(device),
     }
     return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
@@ -103,6 +104,25 @@ def import_openvino() -> ModuleType:
     import openvino
 
     return openvino  # type: ignore[no-any-return]
+
+
+def available_bytes() -> int | None:
+    """Return the memory that a process here could still take, a control group's limit included; None where unknown."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        # What the kernel only keeps of files counts as used there, and is given up when asked for.
+        kept = [
+            line.split()[1]
+            for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        ]
+        found.append(int(text) - int(used.read_text()) + int(kept[0] if kept else 0))
+    return min(found, default=None)
 
 
 def _no_cuda() -> str:
@@ -144,6 +164,12 @@ def _find_distribution(name: str) -> Capability:
         return Capability(True, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Capability(False, f"the package {name} is not installed")
+
+
+def _find_onnxruntime() -> Capability:
+    """Look for the runtime and for what torch.onnx.export stands on."""
+    needed = [_find_distribution(name) for name in ("onnxruntime", "onnx", "onnxscript")]
+    return next((found for found in needed if not found.available), needed[0])
 
 
 def _find_ipex(device: torch.device) -> Capability:

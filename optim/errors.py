@@ -61,6 +61,12 @@ def is_device_error(error: BaseException) -> bool:
     return any(isinstance(e, _FATAL_TYPES) or any(text in str(e) for text in _FATAL_TEXTS) for e in causes(error))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether a device's memory ran out: its context is sound, and less may fit."""
+    texts = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return any(isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in texts) for e in causes(error))
+
+
 def describe(error: BaseException, limit: int = 2000) -> tuple[str, str]:
     """Return the type name and message of an error, the innermost cause appended, cut to `limit` characters."""
     chain = list(causes(error))

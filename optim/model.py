@@ -15,8 +15,8 @@ from torch import nn
 from optim.buckets import Bucket, cover, pick_length
 from optim.engines.base import Engine, Runner
 from optim.engines.inductor import RECOMPILE_TEXT
-from optim.errors import causes, is_device_error
-from optim.monitor import count_graphs
+from optim.errors import CompileError, causes, is_device_error
+from optim.monitor import count_graphs, count_recordings
 from optim.report import CompileReport, Refusal
 from optim.shapes import Inputs, TensorSpec, cut, join, measure, normalize, pad, take_rows
 from optim.tree import flatten
@@ -50,6 +50,8 @@ class CompiledModel:
         report: CompileReport,
         samples: Mapping[Bucket, Inputs],
         output_names: tuple[str, ...] = (),
+        *,
+        strict: bool = False,
     ) -> None:
         self.device = device
         #: The keys of the module's output, where it is a mapping; else none.
@@ -64,6 +66,8 @@ class CompiledModel:
         self._owner = threading.get_ident()
         self._bound_to_thread = any(lane.engine.reuses_outputs for lane in lanes.values())
         self._compiled = any(lane.engine.name != "eager" for lane in lanes.values())
+        self._strict = strict
+        self._takes_any_size = any(lane.engine.takes_any_size for lane in lanes.values())
         self._exact = {_shapes(inputs): bucket for bucket, inputs in samples.items()}
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
 
@@ -90,23 +94,37 @@ class CompiledModel:
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """Return what the module returns for these inputs, on the model's device.
 
-        Raises what the module raises for them in eager mode.
+        Raises what the module raises for them in eager mode; with `strict` also CompileError, where eager would have
+        answered in the place of compiled code, or something was compiled or recorded.
         """
         if self._bound_to_thread and threading.get_ident() != self._owner:
             raise RuntimeError("CUDA graphs belong to the thread that built this model; call it from there")
         after = self._report.after_ready
         after.calls += 1
-        before = count_graphs()
+        before = self._count()
         try:
             with torch.no_grad():
                 return self._dispatch(tuple(normalize(t, self.device) for t in inputs))
         finally:
-            after.compilations += count_graphs() - before
+            self._account(before)
+
+    def _count(self) -> tuple[int, int]:
+        return count_graphs(), count_recordings(self.device) if self._bound_to_thread else 0
+
+    def _account(self, before: tuple[int, int]) -> None:
+        """Count what was compiled or recorded during a call; with `strict` that is an error."""
+        compiled, recorded = (now - then for now, then in zip(self._count(), before, strict=True))
+        self._report.after_ready.compilations += compiled
+        self._report.after_ready.graph_recordings += recorded
+        if (compiled or recorded) and self._strict:
+            raise CompileError(
+                f"{compiled} graphs were compiled and {recorded} CUDA graphs recorded during a call (strict)"
+            )
 
     def _dispatch(self, inputs: Inputs) -> Any:
         if not self._compiled:
             return self._module(*inputs)
-        if not self._report.padding:
+        if not self._report.padding and not self._takes_any_size:
             bucket = self._exact.get(_shapes(inputs))
             return self._run_without_bucket(inputs) if bucket is None else self._run(bucket, inputs)
         size = measure(self.input_specs, inputs)
@@ -115,6 +133,10 @@ class CompiledModel:
         rows, length = size
         bucket_length = pick_length(length, self._lengths)
         if bucket_length is None:
+            return self._run_without_bucket(inputs)
+        if self._takes_any_size and rows <= self.max_batch_size:
+            return self._run_unpadded(rows, bucket_length, inputs)
+        if not self._report.padding:
             return self._run_without_bucket(inputs)
         outputs: list[Any] = []
         start = 0
@@ -132,11 +154,18 @@ class CompiledModel:
     def _run_padded(self, bucket: Bucket, part: Inputs, rows: int, length: int) -> Any:
         if self._lanes[bucket].engine.name == "eager":  # needs no padding
             return self._module(*part)
+        if self._lanes[bucket].engine.takes_any_size:
+            return self._run(bucket, tuple(normalize(t, self.device) for t in part))
         padded = tuple(normalize(t, self.device) for t in pad(self.input_specs, part, bucket.batch_size, bucket.length))
         output = self._run(bucket, padded)
         if (rows, length) == (bucket.batch_size, bucket.length):
             return output
         return cut(self.output_specs, output, rows, length)
+
+    def _run_unpadded(self, rows: int, length: int, inputs: Inputs) -> Any:
+        """Run code for any size in one piece: the next bucket up says whose."""
+        sizes = [bucket.batch_size for bucket in self._lanes if bucket.length == length]
+        return self._run_padded(Bucket(min(n for n in sizes if n >= rows), length), inputs, rows, length)
 
     def _run(self, bucket: Bucket, inputs: Inputs) -> Any:
         lane = self._lanes[bucket]
@@ -156,6 +185,8 @@ class CompiledModel:
     def _recover(self, bucket: Bucket, lane: Lane, inputs: Inputs, error: Exception) -> Any:
         """Answer eager after a compiled run raised; where eager raises as well, it is the input's own error."""
         output = self._module(*inputs)
+        if self._strict:
+            raise CompileError(f"bucket {bucket} could not be served compiled (strict): {error}") from error
         after = self._report.after_ready
         if any(RECOMPILE_TEXT in str(e) for e in causes(error)):
             after.refused_compilations += 1

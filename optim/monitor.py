@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch._dynamo.utils import counters
 
 
@@ -26,6 +27,16 @@ class CompileCounts:
 def count_graphs() -> int:
     """Return the graphs compiled since the process started; two dictionary look-ups, so cheap enough for every call."""
     return counters["stats"]["unique_graphs"]
+
+
+def count_recordings(device: torch.device) -> int:
+    """Return the CUDA graphs that this thread has recorded on a device; 0 where it has none."""
+    from torch._inductor import cudagraph_trees
+
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    manager = cudagraph_trees.get_container(index).tree_manager
+    # An itertools.count: only its repr tells where it stands without moving it.
+    return 0 if manager is None else int(repr(manager.graph_counter)[len("count(") : -1])
 
 
 def count_compilations() -> CompileCounts:

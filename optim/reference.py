@@ -31,6 +31,8 @@ class Reference:
         self._exact_failed = False
         self.notes: list[str] = []
         self.obstacle: str | None = None
+        #: Every example seen so far, those of other sizes than the buckets' included.
+        self._seen: dict[Bucket, Inputs] = {}
         self.samples: dict[Bucket, Inputs] = {bucket: self._make_sample(bucket) for bucket in grid}
         self.input_specs: tuple[TensorSpec, ...] = ()
         self.output_specs: tuple[TensorSpec, ...] = ()
@@ -111,7 +113,40 @@ class Reference:
             inputs = (inputs,)
         if not isinstance(inputs, tuple | list) or not all(isinstance(t, torch.Tensor) for t in inputs) or not inputs:
             raise ConfigError("example", type(inputs).__name__, "return a tuple of tensors, the module's inputs")
-        return tuple(normalize(t, self._device) for t in inputs)
+        self._seen[bucket] = tuple(normalize(t, self._device) for t in inputs)
+        return self._seen[bucket]
+
+    def probe(self, bucket: Bucket) -> Inputs | None:
+        """Return an example of another size than the declared ones, or None where example or module refuse it."""
+        try:
+            inputs = self._seen.get(bucket) or self._make_sample(bucket)
+            self.run(inputs)
+        except Exception as error:  # neither has to know this size
+            if is_device_error(error):
+                raise
+            return None
+        return inputs
+
+    def probes(self, bucket: Bucket) -> tuple[list[Inputs], list[Inputs]]:
+        """Return examples of other sizes up to a bucket's: those to warm code for any size with, and those to check it.
+
+        Warm-up needs 1 and 2 rows or places, since 1 is always compiled for itself; the others have a row or a place
+        fewer than the bucket, which no warm-up has shown.
+        """
+        warm = _sizes(bucket, (1, 2, 0)) - {bucket}
+        check = _sizes(bucket, (-1, 0)) - warm - {bucket}
+        found = [[self.probe(size) for size in sorted(sizes)] for sizes in (warm, check)]
+        first, second = ([inputs for inputs in group if inputs is not None] for group in found)
+        return first, second
+
+    def record(self, *, probes: bool = False) -> dict[Bucket, Inputs]:
+        """Return every example that verification will ask for, by size; `probes` includes those of `probes`."""
+        for bucket in self.samples:
+            if bucket.length > 1:
+                self.probe(Bucket(bucket.batch_size, bucket.length // 2))
+            if probes:
+                self.probes(bucket)
+        return dict(self._seen)
 
     def _find_obstacle(self, bucket: Bucket) -> str | None:
         inputs = self.samples[bucket]
@@ -186,3 +221,13 @@ class Reference:
                 )
                 return False
         return True
+
+
+def _sizes(bucket: Bucket, steps: tuple[int, ...]) -> set[Bucket]:
+    """Return the sizes up to a bucket's: each step is a size of its own where above 0, else below the bucket's."""
+
+    def along(size: int) -> set[int]:
+        return {n for step in steps for n in [step if step > 0 else size + step] if 1 <= n <= size} or {size}
+
+    lengths = along(bucket.length) if bucket.length else {0}
+    return {Bucket(rows, length) for rows in along(bucket.batch_size) for length in lengths}

@@ -15,7 +15,7 @@ class Refusal:
 
     engine: str
     stage: str
-    """`preflight`, `build`, `warm-up`, `verify` or `time`."""
+    """`preflight`, `build`, `warm-up`, `verify`, `time`, `budget` (not tried, or not to the end), or `serving`."""
     bucket: str | None
     exception: str | None
     message: str
@@ -44,6 +44,10 @@ class BucketReport:
     speedup: float | None = None
     max_abs_error: float | None = None
     relative_error: float | None = None
+    graph_bytes: int | None = None
+    """GPU memory that capturing this bucket's CUDA graph took."""
+    race: list[dict[str, float]] = field(default_factory=list)
+    """Median ms by engine, one mapping for every round of the race: the engines of a round were timed in turn."""
     refusals: list[Refusal] = field(default_factory=list)
 
 
@@ -54,6 +58,8 @@ class AfterReady:
     calls: int = 0
     compilations: int = 0
     """Graphs compiled during a call."""
+    graph_recordings: int = 0
+    """CUDA graphs recorded during a call."""
     refused_compilations: int = 0
     """Calls that would have compiled, and ran eager instead."""
     shapes_without_bucket: int = 0
@@ -69,6 +75,10 @@ class CompileReport:
     torch_version: str
     device: dict[str, Any]
     config: dict[str, Any]
+    phase: str = "forward"
+    """What a call of the module is."""
+    attention: str | None = None
+    """The SDPA kernel that compiled code is restricted to."""
     candidates: list[str] = field(default_factory=list)
     """Engines in the order they were to be tried."""
     buckets: list[BucketReport] = field(default_factory=list)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optim.engines.base import Engine, EngineJob, Unavailable
-from optim.engines.choice import choose_engines
+from optim.engines.choice import Choice, choose_engines, make_engine
 from optim.engines.eager import EagerEngine
 
-__all__ = ["EagerEngine", "Engine", "EngineJob", "Unavailable", "choose_engines"]
+__all__ = ["Choice", "EagerEngine", "Engine", "EngineJob", "Unavailable", "choose_engines", "make_engine"]

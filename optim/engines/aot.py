@@ -11,26 +11,40 @@ import torch
 from optim.buckets import Bucket
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.errors import is_device_error
+from optim.tree import tensors_of
+from optim.verify import Mismatch
 
 
 class AotEngine(Engine):
-    """One package for all batch sizes where the module exports with a free batch dimension, else one a bucket."""
+    """One package for all batch sizes where the module exports with a free batch dimension, else one a bucket.
+
+    With `export.path` nothing is compiled: the package there is loaded, and held against eager like any other engine.
+    """
 
     name = "aot"
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)
         self._shared: Runner | None = None
+        path = job.config.export.path
+        self._given = None if path is None else Path(path)
 
     def preflight(self) -> None:
-        """Look for what code generation needs."""
+        """Look for what code generation needs, or for the package that was given."""
+        if self._given is not None:
+            if not self._given.is_file():
+                raise Unavailable(f"there is no file {str(self._given)!r} (export.path)")
+            return
         require_precision(self.job)
         if isinstance(self.job.module, torch.jit.ScriptModule):
             raise Unavailable("the module is TorchScript, which torch.export does not take")
         require(self.job.info, "cxx", "python_headers")
 
     def build(self) -> None:
-        """Try one package with a free batch dimension (never for lengths: each has its own)."""
+        """Load the package given; else try one with a free batch dimension (never for lengths: each has its own)."""
+        if self._given is not None:
+            self._shared = self._load(str(self._given))
+            return
         sizes = {bucket.batch_size for bucket in self.job.samples}
         if len(self.job.samples) == 1 or len({bucket.length for bucket in self.job.samples}) > 1:
             return
@@ -57,6 +71,21 @@ class AotEngine(Engine):
                 flat, sample, dynamic_shapes=None if dynamic is None else {"inputs": dynamic}
             )
             path = torch._inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "model.pt2"))
-            loaded = torch._inductor.aoti_load_package(path)  # unpacks elsewhere, so the folder may go
-        rebuild = self.job.rebuild
-        return lambda *inputs: rebuild(list(loaded(*inputs)))
+            return self._load(path)  # unpacks elsewhere, so the folder may go
+
+    def _load(self, path: str) -> Runner:
+        loaded = torch._inductor.aoti_load_package(path)
+        count, rebuild = len(self.job.output_dtypes), self.job.rebuild
+
+        def run(*inputs: torch.Tensor) -> Any:
+            # A package made of the module itself has its structure, one made here a flat one.
+            tensors = tensors_of(loaded(*inputs))
+            if len(tensors) != count:
+                raise Mismatch(f"structure: {len(tensors)} tensors, eager gives {count}")
+            return rebuild(tensors)
+
+        return run
+
+    def close(self) -> None:
+        """Let go of the package."""
+        self._shared = None

@@ -12,7 +12,8 @@ from torch import nn
 
 from optim.buckets import Bucket
 from optim.config import Pt2Config
-from optim.device import DeviceInfo
+from optim.device import DeviceInfo, inspect_device
+from optim.reference import Reference
 from optim.shapes import Inputs, TensorSpec
 from optim.tree import Rebuild, tensors_of
 
@@ -35,11 +36,29 @@ class EngineJob:
     output_dtypes: tuple[torch.dtype, ...]
     rebuild: Rebuild
     """Puts a flat list of output tensors into the structure that the module returns."""
+    phase: str = "forward"
+    """What a call of the module is: `forward`, `prefill` or `decode`; decides its attention kernels."""
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, config: Pt2Config, reference: Reference, device: torch.device, phase: str
+    ) -> EngineJob:
+        """Put together what is known of a module after its eager reference was made."""
+        return cls(
+            module,
+            config,
+            inspect_device(device),
+            reference.samples,
+            reference.input_specs,
+            reference.output_dtypes,
+            reference.rebuild,
+            phase,
+        )
 
     @property
     def autocast(self) -> bool:
         """Whether the compiled engine is asked to run under bf16."""
-        return self.config.precision == "bfloat16"
+        return self.config.autocast
 
 
 class Engine:
@@ -52,6 +71,10 @@ class Engine:
     name = "engine"
     #: The outputs lie in memory that the next call overwrites (CUDA graphs), so the caller must copy them.
     reuses_outputs = False
+    #: Compiling takes Dynamo's lock.
+    needs_dynamo = False
+    #: Buckets take any number of rows and any length up to their own, without padding.
+    takes_any_size = False
 
     def __init__(self, job: EngineJob) -> None:
         self.job = job
@@ -66,6 +89,9 @@ class Engine:
         """Return the callable of one bucket."""
         raise NotImplementedError
 
+    def mark(self, inputs: Inputs) -> None:
+        """Prepare warm-up inputs so that code for any size comes of them."""
+
     def building(self) -> AbstractContextManager[Any]:
         """Return the context in which warm-up calls run."""
         return nullcontext()
@@ -76,6 +102,9 @@ class Engine:
 
     def check_warm(self, bucket: Bucket) -> None:
         """Raise where warm-up ended in something else than compiled code (a silent fallback)."""
+
+    def close(self) -> None:
+        """Let go of everything that was built: the engine serves nothing."""
 
     def notes(self) -> list[str]:
         """Return what is worth knowing about the code once all buckets are done."""
@@ -118,4 +147,4 @@ def require_precision(job: EngineJob) -> None:
     if job.autocast:
         capability = job.info.capabilities["bfloat16"]
         if not capability.available:
-            raise Unavailable(f"precision bfloat16 is not there: {capability.detail}")
+            raise Unavailable(f"autocast to bfloat16 is not there: {capability.detail}")

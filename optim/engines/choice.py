@@ -1,47 +1,121 @@
-"""Which engines are tried on a device, in which order."""
+"""Which engines are tried on a device, in which order, and how each is made from its name."""
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
 from optim.engines.aot import AotEngine
 from optim.engines.base import Engine, EngineJob
+from optim.engines.eager import ChannelsLastEngine
 from optim.engines.inductor import TorchCompileEngine
-from optim.engines.ipex import IpexEngine
+from optim.engines.ipex import IpexEngine, optimize
+from optim.engines.onnxruntime import OnnxRuntimeEngine
 from optim.engines.openvino import OpenVinoEngine
 
+_MAKERS: Mapping[str, Callable[[EngineJob], Engine]] = MappingProxyType(
+    {
+        "aot": AotEngine,
+        "channels_last": ChannelsLastEngine,
+        "inductor": TorchCompileEngine,
+        # Inductor without CUDA graphs; on a CPU the same as `inductor`.
+        "inductor-default": lambda job: TorchCompileEngine(job, name="inductor-default", mode="default"),
+        "inductor-unfrozen": lambda job: TorchCompileEngine(job, name="inductor-unfrozen", freeze=False),
+        "inductor-max-autotune": lambda job: TorchCompileEngine(job, name="inductor-max-autotune", mode="max-autotune"),
+        "ipex": IpexEngine,
+        "ipex-compile": lambda job: TorchCompileEngine(
+            job, "ipex", name="ipex-compile", prepare=lambda job: optimize(job, prepack=False)
+        ),
+        "onnxruntime": OnnxRuntimeEngine,
+        "openvino": OpenVinoEngine,
+    }
+)
 
-def choose_engines(job: EngineJob) -> tuple[list[Engine], list[str]]:
-    """Return the engines to try besides eager, best prospect first, and notes on how the choice came about.
+#: Best prospects first: what converts in seconds and was fastest on most models, then what compiles for long.
+_CPU_ORDER = (
+    "openvino",
+    "onnxruntime",
+    "ipex",
+    "channels_last",
+    "inductor",
+    "ipex-compile",
+    "inductor-unfrozen",
+    "inductor-max-autotune",
+)
+_GPU_ORDER = ("inductor", "inductor-default", "tensorrt", "inductor-max-autotune")
 
-    With `auto` on a CPU that is IPEX, and Inductor for the buckets that IPEX does not serve; on a GPU Inductor.
-    A named backend is tried alone. Settings that only torch.compile can honour rule IPEX out.
+
+@dataclass(frozen=True)
+class Choice:
+    """The engines to try besides eager, in order; with `race` the best is measured, else there is one at most."""
+
+    names: tuple[str, ...]
+    race: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def make_engine(name: str, job: EngineJob) -> Engine:
+    """Return the engine of this name; one that is not ours is a backend of torch.compile."""
+    maker = _MAKERS.get(name)
+    # The options given for OpenVINO are those of its torch.compile backend.
+    if maker is None or (name == "openvino" and job.config.compile.options is not None):
+        return TorchCompileEngine(job, name)
+    return maker(job)
+
+
+def choose_engines(job: EngineJob) -> Choice:
+    """Return what the configuration and the device leave to be tried.
+
+    A named backend is tried alone. `auto` races all that the device supports; settings that only torch.compile can
+    honour leave only its variants.
     """
-    config = job.config
+    config, asked = job.config, job.config.compile
     if config.export.aot_compile:
-        return [AotEngine(job)], []
-    asked = config.compile
+        return Choice(("aot",))
     if not asked.enable or asked.backend == "eager":
-        return [], ["compilation is switched off by the configuration"]
-    if asked.backend == "ipex":
-        return [IpexEngine(job)], []
-    if asked.backend == "openvino" and asked.options is None:  # its options are those of its torch.compile backend
-        return [OpenVinoEngine(job)], []
+        return Choice((), notes=("compilation is switched off by the configuration",))
     if asked.backend != "auto":
-        return [TorchCompileEngine(job, asked.backend)], []
-    inductor = TorchCompileEngine(job)
-    if job.info.device.type != "cpu":
-        return [inductor], []
-    only_compile = [
-        key
-        for key, is_set in (
-            ("options", asked.options is not None),
-            ("dynamic", bool(asked.dynamic)),
-            ("fullgraph", asked.fullgraph),
-        )
-        if is_set
-    ]
-    if only_compile:
-        return [inductor], [f"auto means inductor alone: compile.{only_compile[0]} is a setting of torch.compile"]
+        return Choice((asked.backend,))
+    on_cpu = job.info.device.type == "cpu"
+    names = config.tune.engines or _all_engines(job, on_cpu=on_cpu)
     notes = []
-    if asked.mode == "reduce-overhead":
+    if only := _only_compile(job):
+        names = [name for name in names if name.startswith("inductor")]
+        notes.append(f"the race is among Inductor's variants: compile.{only} is a setting of torch.compile")
+    if asked.mode is not None or asked.options is not None or asked.dynamic:
+        # These decide what the variants would vary.
+        names = [name for name in names if name not in ("inductor-default", "inductor-max-autotune")]
+    if on_cpu and asked.mode == "reduce-overhead":
         notes.append("mode reduce-overhead means CUDA graphs; on a CPU it changes nothing")
-    return [IpexEngine(job), inductor], notes
+    return Choice(tuple(names), race=True, notes=tuple(notes))
+
+
+def _all_engines(job: EngineJob, *, on_cpu: bool) -> list[str]:
+    capabilities = job.info.capabilities
+    names = list(_CPU_ORDER if on_cpu else _GPU_ORDER)
+    if not job.config.compile.freeze:
+        names.remove("inductor-unfrozen") if on_cpu else None
+    # What is not installed is no candidate; what is installed and cannot be used is one that is refused.
+    absent = {"openvino": "openvino", "onnxruntime": "onnxruntime", "ipex": "ipex", "ipex-compile": "ipex"}
+    names = [n for n in names if n not in absent or capabilities[absent[n]].available]
+    if not _installed("torch-tensorrt"):
+        names = [n for n in names if n != "tensorrt"]
+    known = {*_MAKERS, "openvino", "ipex", "tensorrt", "torch_tensorrt"}
+    others = [e.name for e in importlib.metadata.entry_points(group="torch_dynamo_backends")]
+    return [*names, *sorted({*others} - known)]
+
+
+def _only_compile(job: EngineJob) -> str | None:
+    asked = job.config.compile
+    settings = {"options": asked.options is not None, "dynamic": bool(asked.dynamic), "fullgraph": asked.fullgraph}
+    return next((key for key, is_set in settings.items() if is_set), None)
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

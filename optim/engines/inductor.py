@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import itertools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from optim.attention import kernel_of
 from optim.buckets import Bucket
 from optim.config import OPTIONAL_BACKENDS
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
@@ -25,12 +26,30 @@ _code_names = itertools.count()
 
 
 class TorchCompileEngine(Engine):
-    """Compiles with `torch.compile`; every bucket is a specialisation of one compiled function."""
+    """Compiles with `torch.compile`; every bucket is a specialisation of one compiled function.
 
-    def __init__(self, job: EngineJob, backend: str = "inductor") -> None:
+    `mode` and `freeze` replace the configuration's, for the variants that a race tries. `prepare` returns the module to
+    compile in the place of the job's own.
+    """
+
+    needs_dynamo = True
+
+    def __init__(
+        self,
+        job: EngineJob,
+        backend: str = "inductor",
+        *,
+        name: str | None = None,
+        mode: str | None = None,
+        freeze: bool | None = None,
+        prepare: Callable[[EngineJob], nn.Module] | None = None,
+    ) -> None:
         super().__init__(job)
         self.backend = backend
-        self.name = backend
+        self.name = name or backend
+        self._mode, self._freeze, self._prepare = mode, freeze, prepare
+        self._dynamic = bool(job.config.compile.dynamic)
+        self.takes_any_size = self._dynamic
         self._on_cuda = job.info.device.type == "cuda"
         self._options = self._inductor_options() if backend == "inductor" else {}
         self.reuses_outputs = self._on_cuda and (
@@ -49,13 +68,13 @@ class TorchCompileEngine(Engine):
         import torch._inductor as inductor
 
         asked = self.job.config.compile
-        mode = asked.mode
+        mode = self._mode or asked.mode
         if mode is None and asked.options is None and asked.backend == "auto" and self._on_cuda:
             mode = "reduce-overhead"
         options = dict(inductor.list_mode_options(mode)) if mode else {}
         options.update({k.replace("-", "_"): v for k, v in (asked.options or {}).items()})
         if not self._on_cuda:
-            options.setdefault("freezing", asked.freeze)
+            options.setdefault("freezing", asked.freeze if self._freeze is None else self._freeze)
         return options
 
     def preflight(self) -> None:
@@ -85,10 +104,9 @@ class TorchCompileEngine(Engine):
     def build(self) -> None:
         """Wrap the module; nothing is compiled before the first call."""
         asked = self.job.config.compile
-        kwargs: dict[str, Any] = {"backend": self.backend, "fullgraph": asked.fullgraph, "dynamic": asked.dynamic}
-        if asked.dynamic is None:
-            # torch's default turns a dimension symbolic at its second size: every bucket would share slower code.
-            kwargs["dynamic"] = False
+        # Not torch's default, which turns a dimension symbolic at its second size (every bucket would share slower code),
+        # nor its True, which does so with every dimension: what varies is marked.
+        kwargs: dict[str, Any] = {"backend": self.backend, "fullgraph": asked.fullgraph, "dynamic": False}
         if self.backend == "inductor":
             kwargs["options"] = self._options
         else:
@@ -96,7 +114,9 @@ class TorchCompileEngine(Engine):
                 kwargs["mode"] = asked.mode
             if asked.options is not None:
                 kwargs["options"] = dict(asked.options)
-        module = FlatModule(self.job.module, self.job) if self.job.autocast else self.job.module
+        module = self._prepare(self.job) if self._prepare else self.job.module
+        if self.job.autocast:
+            module = FlatModule(module, self.job)
         self._run = torch.compile(_fresh_function(module), **kwargs)
         self._before = count_compilations()
 
@@ -105,24 +125,37 @@ class TorchCompileEngine(Engine):
         run = self._run
         assert run is not None, "build() comes first"
         rebuild = self.job.rebuild
-        if self.job.autocast:
-            return lambda *inputs: rebuild(run(*inputs))
-        if self.reuses_outputs:
+        flat, graphs = self.job.autocast, self.reuses_outputs
 
-            def replay(*inputs: torch.Tensor) -> Any:
+        def call(*inputs: torch.Tensor) -> Any:
+            if graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-                return run(*inputs)
+            output = run(*inputs)
+            return rebuild(output) if flat else output
 
-            return replay
-        return run
+        return call if flat or graphs else run
+
+    def mark(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Mark what varies in warm-up inputs, and nothing else: a size of 1 is always compiled for itself."""
+        if not self._dynamic:
+            return
+        for spec, tensor in zip(self.job.input_specs, inputs, strict=True):
+            for dim in {spec.batch_dim, *spec.length_dims} - {None}:
+                if tensor.shape[dim] > 1:
+                    torch._dynamo.mark_dynamic(tensor, dim)
+
+    def close(self) -> None:
+        """Let go of the compiled code, which lives as long as the function's own code object."""
+        self._run = None
 
     @contextmanager
     def building(self) -> Iterator[None]:
         """Set Dynamo and Inductor up for this thread: from torch 2.12 on their config is context-local."""
         import torch._dynamo.config as dynamo_config
         import torch._inductor.config as inductor_config
+        import torch.compiler.config as compiler_config
 
-        buckets = len(self.job.samples)
+        buckets = len(self.job.samples) * (4 if self._dynamic else 1)  # sizes of 1 are compiled for themselves
         dynamo: dict[str, Any] = {
             # Past the limit (8) further buckets would run eager without a word; each needs one entry.
             "recompile_limit": max(8, 2 * buckets + 2),
@@ -134,7 +167,18 @@ class TorchCompileEngine(Engine):
         with ExitStack() as stack:
             stack.enter_context(dynamo_config.patch(**dynamo))
             stack.enter_context(inductor_config.patch(**inductor))
+            stack.enter_context(compiler_config.patch(cache_key_tag=self._cache_key_tag()))
             yield
+
+    def _cache_key_tag(self) -> str:
+        """Return what decides the code and is not in torch's own cache keys: ISA, threads, attention, precision."""
+        import torch.compiler.config as compiler_config
+
+        job = self.job
+        isa = torch.backends.cpu.get_cpu_capability()
+        kernel = kernel_of(job.config, job.phase)
+        parts = (compiler_config.cache_key_tag, isa, job.info.threads, kernel, job.config.matmul_precision)
+        return "/".join(map(str, parts))
 
     def serving(self) -> AbstractContextManager[Any]:
         """Refuse compilations: a call that needs one raises, and is run eager and counted by the caller."""

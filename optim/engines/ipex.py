@@ -14,9 +14,8 @@ from torch import nn
 from optim.buckets import Bucket
 from optim.device import import_ipex
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
+from optim.engines.eager import has_convolutions, to_channels_last
 from optim.engines.tracing import fold_padding, require_traceable
-
-_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 class IpexEngine(Engine):
@@ -27,7 +26,7 @@ class IpexEngine(Engine):
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)
         self._optimized: nn.Module | None = None
-        self._channels_last = any(isinstance(m, _CONVOLUTIONS) for m in job.module.modules())
+        self._channels_last = has_convolutions(job.module)
 
     def preflight(self) -> None:
         """Look for IPEX, bf16 if asked for, and for Python code that a trace would freeze."""
@@ -39,15 +38,7 @@ class IpexEngine(Engine):
 
     def build(self) -> None:
         """Optimise a copy of the module: eager stays what it was."""
-        ipex = import_ipex()
-        module = copy.deepcopy(self.job.module)
-        if self._channels_last:
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        dtype = torch.bfloat16 if self.job.autocast else torch.float32
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it cannot optimise, and its own deprecations
-            optimized = ipex.optimize(module.eval(), dtype=dtype, inplace=True)
-        self._optimized = FlatModule(optimized, self.job).eval()
+        self._optimized = FlatModule(optimize(self.job), self.job).eval()
 
     def compile(self, bucket: Bucket) -> Runner:
         """Trace and freeze for one bucket; the first calls run TorchScript's and oneDNN's own optimisations."""
@@ -75,7 +66,24 @@ class IpexEngine(Engine):
             yield
 
     def _convert(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Bring images into channels_last: TorchServe converted weights only, and every call paid a reorder."""
-        if not self._channels_last:
-            return inputs
-        return tuple(t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs)
+        return to_channels_last(inputs) if self._channels_last else inputs
+
+    def close(self) -> None:
+        """Drop the optimised copy; traces go with what runs them."""
+        self._optimized = None
+
+
+def optimize(job: EngineJob, *, prepack: bool = True) -> nn.Module:
+    """Return a copy of the module after `ipex.optimize`, channels_last where it has convolutions.
+
+    `prepack` lays weights out for oneDNN now; IPEX's torch.compile backend does that itself.
+    """
+    ipex = import_ipex()
+    module = copy.deepcopy(job.module)
+    if has_convolutions(module):
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dtype = torch.bfloat16 if job.autocast else torch.float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it cannot optimise, and its own deprecations
+        optimized: nn.Module = ipex.optimize(module.eval(), dtype=dtype, inplace=True, weights_prepack=prepack)
+    return optimized

@@ -1,0 +1,121 @@
+"""Building what was chosen: for every bucket the first engine of its ranking that is right and no slower than eager."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from optim.buckets import Bucket
+from optim.engines import EagerEngine, EngineJob, make_engine
+from optim.engines.base import Engine, Runner
+from optim.model import Lane
+from optim.reference import Reference
+from optim.report import CompileReport, Refusal
+from optim.timing import time_in_turn
+from optim.trial import Trial
+
+logger = logging.getLogger(__name__)
+
+
+class Builder:
+    """Builds engines in this process, writing figures and reasons into the report.
+
+    `trials` are engines already built here, by a race in this process. What ends up serving nothing is closed.
+    """
+
+    def __init__(
+        self,
+        job: EngineJob,
+        reference: Reference,
+        report: CompileReport,
+        limit_s: float,
+        trials: dict[str, Trial],
+    ) -> None:
+        self._job, self._reference, self._report = job, reference, report
+        self._limit_s = limit_s
+        self._trials: dict[str, Trial | None] = {**trials}
+        self._rows = {Bucket(b.batch_size, b.length or 0): b for b in report.buckets}
+
+    def build(self, ranking: Mapping[Bucket, Sequence[str]]) -> dict[Bucket, Lane]:
+        """Return what serves each bucket: the first of its ranking that holds, else eager."""
+        eager = EagerEngine(self._job)
+        lanes = {bucket: Lane(eager, self._job.module) for bucket in self._job.samples}
+        waiting = {bucket: list(ranking.get(bucket, ())) for bucket in self._job.samples}
+        while any(waiting.values()):
+            # The engine that most buckets want next.
+            name = Counter(names[0] for names in waiting.values() if names).most_common(1)[0][0]
+            buckets = [bucket for bucket, names in waiting.items() if names and names[0] == name]
+            built = self._build_engine(name, buckets)
+            lanes.update(built)
+            for bucket in buckets:
+                waiting[bucket] = [] if bucket in built else waiting[bucket][1:]
+        self._measure_eager(lanes)
+        self._close_all_but({lane.engine for lane in lanes.values()})
+        return lanes
+
+    def _build_engine(self, name: str, buckets: Sequence[Bucket]) -> dict[Bucket, Lane]:
+        trial = self._prepare(name)
+        if trial is None:
+            return {}
+        # The largest first: with CUDA graphs, the smaller ones then share its memory.
+        for done, bucket in enumerate(sorted(buckets, reverse=True), 1):
+            logger.info("%s: bucket %s (%d of %d)", name, bucket, done, len(buckets))
+            if bucket not in trial.proven:
+                for fallen, refusal in trial.prove(bucket).items():
+                    self._rows[fallen].refusals.append(refusal)
+        self._report.notes += [note for note in trial.engine.notes() if note not in self._report.notes]
+        return {
+            bucket: Lane(trial.engine, trial.proven[bucket].run)
+            for bucket in buckets
+            if bucket in trial.proven and self._is_fast_enough(trial, bucket)
+        }
+
+    def _prepare(self, name: str) -> Trial | None:
+        """Return the engine built, or None where it cannot be; the reason is reported once."""
+        if name not in self._trials:
+            trial = Trial(make_engine(name, self._job), self._reference, self._limit_s)
+            refusal = trial.prepare()
+            if refusal is not None:
+                self._report.refusals.append(refusal)
+            self._trials[name] = trial if refusal is None else None
+        return self._trials[name]
+
+    def _is_fast_enough(self, trial: Trial, bucket: Bucket) -> bool:
+        """Time the engine and eager in turn; write the figures down where the engine stays."""
+        engine, proven, row = trial.engine, trial.proven[bucket], self._rows[bucket]
+        runs = [serving(engine, proven.run), self._job.module]
+        ms, eager_ms = time_in_turn(runs, self._reference.samples[bucket], self._job.info.device)
+        row.eager_ms = round(eager_ms, 3)
+        if self._job.config.compile.only_if_faster and ms > eager_ms:
+            message = f"slower than eager: {ms:.3g} ms against {eager_ms:.3g} ms"
+            row.refusals.append(Refusal(engine.name, "time", str(bucket), None, message))
+            return False
+        row.engine, row.ms, row.speedup = engine.name, round(ms, 3), round(eager_ms / ms, 3)
+        row.max_abs_error, row.relative_error = proven.difference.max_abs, proven.difference.relative
+        row.graph_bytes = proven.graph_bytes
+        return True
+
+    def _measure_eager(self, lanes: Mapping[Bucket, Lane]) -> None:
+        for bucket, row in self._rows.items():
+            if row.eager_ms is None:
+                inputs = self._reference.samples[bucket]
+                row.eager_ms = round(time_in_turn([self._job.module], inputs, self._job.info.device)[0], 3)
+            if lanes[bucket].engine.name == "eager":
+                row.ms, row.speedup = row.eager_ms, 1.0
+
+    def _close_all_but(self, used: set[Engine]) -> None:
+        for trial in self._trials.values():
+            if trial is not None and trial.engine not in used:
+                trial.proven.clear()
+                trial.engine.close()
+
+
+def serving(engine: Engine, run: Runner) -> Runner:
+    """Return the run as requests make it: where compiling is refused."""
+
+    def call(*inputs: object) -> object:
+        with engine.serving():
+            return run(*inputs)
+
+    return call

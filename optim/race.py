@@ -1,0 +1,249 @@
+"""The race: engines tried best prospect first, timed side by side bucket by bucket, until the budget is spent."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from optim.buckets import Bucket
+from optim.builder import serving
+from optim.engines import EngineJob, make_engine
+from optim.engines.base import Runner
+from optim.errors import is_device_error
+from optim.reference import Reference
+from optim.report import Refusal
+from optim.timing import time_in_turn
+from optim.trial import Trial
+
+#: Engines this close count as one, and the simpler stays.
+TIE = 1.05
+#: Engines this close to the best stay in the race, and are timed again beside each newcomer.
+CLOSE = 1.15
+#: An engine this much slower than the best, at the largest and the smallest bucket, is not built for the others.
+HOPELESS = 1.3
+
+#: Variants of Inductor: not tried where it was itself this much slower than the best, since they differ by less
+#: (EfficientNet-Lite0: unfrozen 1.2 to 1.4 times as slow as frozen; max-autotune changes matrix products alone).
+VARIANTS = ("inductor-unfrozen", "inductor-max-autotune")
+FAR_BEHIND = 1.5
+
+#: Simplest first: what breaks a tie. Eager is nothing added; then what torch itself brings, then single packages.
+SIMPLICITY = (
+    "eager",
+    "channels_last",
+    "inductor",
+    "inductor-default",
+    "inductor-unfrozen",
+    "inductor-max-autotune",
+    "aot",
+    "onnxruntime",
+    "openvino",
+    "ipex",
+    "ipex-compile",
+)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Median ms of several engines on one bucket, timed in turn."""
+
+    bucket: Bucket
+    ms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something worth knowing about an engine's code that is no refusal."""
+
+    text: str
+
+
+Event = str | Round | Refusal | Note
+"""What a race tells as it goes: an engine's name as its turn begins, then what became of it."""
+
+
+@dataclass
+class Standing:
+    """What a race found: its rounds, why engines fell out, and what came to no trial."""
+
+    rounds: list[Round] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def rank(rounds: Sequence[Round], *, keep_eager: bool = True) -> dict[Bucket, list[str]]:
+    """Return for every bucket the engines worth using, the winner first; eager, where it stands in, ends the list.
+
+    Figures of different rounds are brought together over the engines that they share. Of engines within TIE of
+    the best, eager stays if it is one; else the one that wins the most buckets (each engine costs memory and start-up),
+    then the simplest. With `keep_eager` false, eager is no candidate.
+    """
+    scores = {bucket: _score([r for r in rounds if r.bucket == bucket]) for bucket in {r.bucket for r in rounds}}
+    tied: dict[Bucket, list[str]] = {}
+    for bucket, ms in scores.items():
+        racing = {name: value for name, value in ms.items() if keep_eager or name != "eager"}
+        best = min(racing.values(), default=0.0)
+        tied[bucket] = [name for name, value in racing.items() if value <= best * TIE]
+    winners: dict[Bucket, str] = {bucket: "eager" for bucket, names in tied.items() if "eager" in names}
+    waiting = {bucket for bucket, names in tied.items() if names and bucket not in winners}
+    while waiting:
+        names = {name for bucket in waiting for name in tied[bucket]}
+        chosen = min(names, key=lambda n: (-sum(n in tied[b] for b in waiting), _simplicity(n)))
+        won = {bucket for bucket in waiting if chosen in tied[bucket]}
+        winners.update(dict.fromkeys(won, chosen))
+        waiting -= won
+    ranking = {}
+    for bucket, winner in winners.items():
+        others = sorted((ms, name) for name, ms in scores[bucket].items() if name != winner)
+        names_in_order = [winner, *(name for _, name in others)]
+        ranking[bucket] = names_in_order[: names_in_order.index("eager") + 1 if keep_eager else None]
+    return ranking
+
+
+def _score(rounds: Sequence[Round]) -> dict[str, float]:
+    """Return ms by engine, every engine on the scale of the best one's own rounds.
+
+    An engine that fell out early was timed beside others than the last ones: its ms is carried over by the ratio to
+    an engine that both its rounds and the later ones have, so that the machine's drift between rounds cancels.
+    """
+    seen: dict[str, list[float]] = {}
+    for last in reversed(rounds):
+        shared = [name for name in last.ms if name in seen]
+        scale = median(median(seen[name]) / last.ms[name] for name in shared) if shared else 1.0
+        for name, ms in last.ms.items():
+            seen.setdefault(name, []).append(ms * scale)
+    return {name: median(values) for name, values in seen.items()}
+
+
+def _simplicity(name: str) -> tuple[int, str]:
+    return (SIMPLICITY.index(name) if name in SIMPLICITY else len(SIMPLICITY), name)
+
+
+class Race:
+    """Runs the engines named, in order, against each other and against eager; memory of losers is given back.
+
+    `deadline` is on the clock of time.monotonic(). `tell` sees everything as it happens. In an `expendable`
+    process an engine that runs out of memory falls out; else that is an error. All engines live on the calling thread,
+    which must own the model.
+    """
+
+    def __init__(
+        self,
+        job: EngineJob,
+        reference: Reference,
+        names: Sequence[str],
+        deadline: float,
+        tell: Callable[[Event], None] = lambda event: None,
+        *,
+        expendable: bool = False,
+    ) -> None:
+        self._job, self._reference = job, reference
+        self._names, self._deadline = list(names), deadline
+        self._tell, self._expendable = tell, expendable
+        self.standing = Standing()
+        #: The engines close to the best of each bucket so far.
+        self._in_race: dict[Bucket, list[str]] = {bucket: ["eager"] for bucket in job.samples}
+        self._inductor_is_behind = 0.0
+        #: What is still alive at the end: engines that are close to the best somewhere, with what runs their buckets.
+        self.trials: dict[str, Trial] = {}
+
+    def run(self) -> Standing:
+        """Race to the end of the list or of the budget."""
+        for bucket in self._job.samples:
+            self._time(bucket)
+        for name in self._names:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                self._refuse(Refusal(name, "budget", None, None, "not tried: the race's budget was spent"))
+                continue
+            if name in VARIANTS and self._inductor_is_behind >= FAR_BEHIND:
+                message = f"not tried: inductor was {self._inductor_is_behind:.2f} times as slow as the best"
+                self._refuse(Refusal(name, "time", None, None, message))
+                continue
+            self._tell(name)
+            try:
+                self._try_engine(name, left)
+            except (MemoryError, RuntimeError) as error:
+                if not is_device_error(error) or not self._expendable:
+                    raise
+                self._refuse(Refusal.of(name, "warm-up", None, error))
+                self._drop(name)
+            self._drop_losers()
+        return self.standing
+
+    def _try_engine(self, name: str, limit_s: float) -> None:
+        trial = Trial(make_engine(name, self._job), self._reference, limit_s)
+        refusal = trial.prepare()
+        if refusal:
+            self._refuse(refusal)
+            return
+        self.trials[name] = trial
+        # The largest first: with CUDA graphs, the smaller ones then share its memory. Then the smallest: slow at both
+        # ends is slow between them.
+        buckets = sorted(self._job.samples, reverse=True)
+        hopeless: list[str] = []
+        behind: list[float] = []
+        for done, bucket in enumerate([buckets[0], *reversed(buckets[1:])]):
+            if done >= 2 and len(hopeless) == 2:
+                message = f"not built: it was {' and '.join(hopeless)}"
+                self._refuse(Refusal(name, "time", str(bucket), None, message))
+                continue
+            if time.monotonic() > self._deadline:
+                self._refuse(Refusal(name, "budget", str(bucket), None, "not tried: the race's budget was spent"))
+                continue
+            trial.limit_s = max(self._deadline - time.monotonic(), 1.0)
+            for refusal in trial.prove(bucket).values():
+                self._refuse(refusal)
+            if bucket not in trial.proven:
+                continue
+            slower = self._time(bucket, name)
+            behind.append(slower)
+            if slower > HOPELESS and done < 2:
+                hopeless.append(f"{slower:.2f} times as slow as the best at {bucket}")
+        if name == "inductor" and behind:
+            self._inductor_is_behind = min(behind)
+        for note in trial.engine.notes():
+            self.standing.notes.append(note)
+            self._tell(Note(note))
+
+    def _time(self, bucket: Bucket, newcomer: str = "") -> float:
+        """Time what is in the race on a bucket, a newcomer with it; return its ms over the best of the others."""
+        racing = [name for name in self._in_race[bucket] if name == "eager" or bucket in self.trials[name].proven]
+        racing = racing or ["eager"]
+        names = [*racing, newcomer] if newcomer else racing
+        runs = [self._runner(name, bucket) for name in names]
+        times = time_in_turn(runs, self._reference.samples[bucket], self._job.info.device)
+        ms = dict(zip(names, times, strict=True))
+        found = Round(bucket, {name: round(value, 4) for name, value in ms.items()})
+        self.standing.rounds.append(found)
+        self._tell(found)
+        best = min(times)
+        self._in_race[bucket] = [name for name in names if ms[name] <= best * CLOSE]
+        return ms[newcomer] / min(ms[name] for name in racing) if newcomer else 1.0
+
+    def _runner(self, name: str, bucket: Bucket) -> Runner:
+        if name == "eager":
+            return self._job.module
+        trial = self.trials[name]
+        return serving(trial.engine, trial.proven[bucket].run)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self.standing.refusals.append(refusal)
+        self._tell(refusal)
+
+    def _drop_losers(self) -> None:
+        racing = {name for names in self._in_race.values() for name in names}
+        for name in [name for name in self.trials if name not in racing]:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        trial = self.trials.pop(name, None)
+        if trial is not None:
+            trial.proven.clear()
+            trial.engine.close()
+        for bucket, names in self._in_race.items():
+            self._in_race[bucket] = [other for other in names if other != name]
+        gc.collect()

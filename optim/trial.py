@@ -1,0 +1,175 @@
+"""One engine on one bucket: build, warm up, hold against eager; every failure becomes a reason."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TypeVar
+
+import torch
+
+from optim.attention import attention, with_precision
+from optim.buckets import Bucket
+from optim.config import Pt2Config
+from optim.deadline import OutOfTime, run_within, stuck_calls
+from optim.engines.base import Engine, Runner, Unavailable
+from optim.errors import is_device_error, is_out_of_memory
+from optim.monitor import count_compilations
+from optim.reference import Reference
+from optim.report import Refusal
+from optim.shapes import Inputs
+from optim.verify import TOLERANCES, Difference, Mismatch, compare
+
+T = TypeVar("T")
+
+#: The error that a matrix product in TF32 or bf16 is allowed where `matmul_precision` admits it: ten bits of mantissa.
+_FAST_MATMUL_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What runs one bucket, after its outputs were found right, and how far they were from eager's."""
+
+    run: Runner
+    difference: Difference
+    graph_bytes: int | None = None
+    """GPU memory that capturing took, where CUDA graphs serve the bucket."""
+
+
+@dataclass
+class Trial:
+    """Tries one engine; `limit_s` bounds its build and each bucket's warm-up. Call from the thread that owns the model."""
+
+    engine: Engine
+    reference: Reference
+    limit_s: float
+    proven: dict[Bucket, Proven] = field(default_factory=dict)
+
+    def prepare(self) -> Refusal | None:
+        """Run preflight and build; return why the engine cannot be used at all, if so."""
+        engine, stage = self.engine, "preflight"
+        try:
+            if engine.needs_dynamo and stuck_calls():
+                raise Unavailable(f"an earlier compilation hangs and holds Dynamo's lock ({stuck_calls()[0]})")
+            engine.preflight()
+            stage = "build"
+            self._bounded(self._build, f"{engine.name}: build")
+        except (Unavailable, OutOfTime) as reason:
+            return Refusal(engine.name, stage, None, None, str(reason))
+        except (Exception, SystemExit) as error:
+            if is_device_error(error):
+                raise
+            return Refusal.of(engine.name, stage, None, error)
+        return None
+
+    def prove(self, bucket: Bucket) -> dict[Bucket, Refusal]:
+        """Warm one bucket up and verify it; return the buckets that fell out, and why. Device errors are raised.
+
+        Where capturing a CUDA graph runs out of memory, the largest bucket falls out and the others are captured anew.
+        """
+        fallen: dict[Bucket, Refusal] = {}
+        waiting = [bucket]
+        while waiting:
+            current = waiting[0]
+            try:
+                refusal = self._prove(current)
+            except Exception as error:
+                if not (self.engine.reuses_outputs and is_out_of_memory(error)):
+                    raise
+                waiting = sorted({*self.proven, *waiting}, reverse=True)
+                largest = waiting.pop(0)
+                message = (
+                    f"capturing ran out of memory at bucket {current}; the smaller buckets are captured without it"
+                )
+                fallen[largest] = Refusal(self.engine.name, "warm-up", str(largest), type(error).__name__, message)
+                self._start_over()
+                continue
+            waiting.remove(current)
+            if refusal is not None:
+                fallen[current] = refusal
+        return fallen
+
+    def _start_over(self) -> None:
+        """Give back all the graphs and their memory, and build the engine again."""
+        self.proven.clear()
+        self.engine.close()
+        gc.collect()
+        if self.engine.job.info.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._bounded(self._build, f"{self.engine.name}: build")
+
+    def _prove(self, bucket: Bucket) -> Refusal | None:
+        engine, stage = self.engine, "warm-up"
+        try:
+            skips = count_compilations().cudagraph_skips
+            memory = _reserved(engine)
+            run = self._bounded(lambda: self._warm_up(bucket), f"{engine.name}: bucket {bucket}")
+            engine.check_warm(bucket)
+            skips = count_compilations().cudagraph_skips - skips
+            if skips and engine.reuses_outputs and engine.job.config.strict:
+                raise Unavailable(f"{skips} graphs run without CUDA graphs, and `strict` is set")
+            stage = "verify"
+            with engine.serving():
+                found = self._verify(run, bucket)
+        except (Unavailable, Mismatch, OutOfTime) as reason:
+            return Refusal(engine.name, stage, str(bucket), None, str(reason))
+        except (Exception, SystemExit) as error:
+            if is_device_error(error):
+                raise
+            # The same input once more in eager: where that fails too, it was never the compiler's fault.
+            self.reference.check_eager(bucket)
+            return Refusal.of(engine.name, stage, bucket, error)
+        self.proven[bucket] = Proven(run, found, None if memory is None else (_reserved(engine) or 0) - memory)
+        return None
+
+    def _build(self) -> None:
+        with self.engine.building():
+            self.engine.build()
+
+    def _warm_up(self, bucket: Bucket) -> Runner:
+        engine, config = self.engine, self.engine.job.config
+        with engine.building(), attention(config, engine.job.phase):
+            run = with_precision(config, engine.compile(bucket))
+            for inputs in [self.reference.samples[bucket], *self._probes(bucket)[0]]:
+                engine.mark(inputs)
+                for _ in range(config.verify.warmup_calls):
+                    run(*inputs)
+        return run
+
+    def _probes(self, bucket: Bucket) -> tuple[list[Inputs], list[Inputs]]:
+        """Return the further sizes that a bucket's code must take: to warm up with, and to check alone."""
+        return self.reference.probes(bucket) if self.engine.takes_any_size else ([], [])
+
+    def _bounded(self, call: Callable[[], T], what: str) -> T:
+        on_gpu = self.engine.job.info.device.type == "cuda"
+        return run_within(self.limit_s, what, call, inline=on_gpu)
+
+    def _verify(self, run: Runner, bucket: Bucket) -> Difference:
+        """Compare with eager on the example and on other data; return the larger difference."""
+        found = Difference()
+        allowed = tolerance(self.engine.job.config)
+        probes = ((inputs, self.reference.run(inputs)) for group in self._probes(bucket) for inputs in group)
+        for inputs, expected in chain(self.reference.data(bucket), probes):
+            exact = self.reference.exact(inputs)
+            found = found.worst(compare(run(*inputs), expected, allowed, exact))
+        return found
+
+
+def tolerance(config: Pt2Config) -> float | None:
+    """Return the configured tolerance; without one, what the asked precision costs (none: the dtype's own)."""
+    if config.verify.tolerance is not None:
+        return config.verify.tolerance
+    if config.autocast:
+        return TOLERANCES[torch.bfloat16]
+    return None if config.matmul_precision in (None, "highest") else _FAST_MATMUL_TOLERANCE
+
+
+def _reserved(engine: Engine) -> int | None:
+    """Return the bytes that this process holds on the GPU, graph pools included; None where there are no graphs."""
+    device = engine.job.info.device
+    if not engine.reuses_outputs or device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_reserved(device)
