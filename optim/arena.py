@@ -89,7 +89,7 @@ def race_apart(
 
 def _pack(folder: Path, job: EngineJob, reference: Reference) -> None:
     try:
-        import cloudpickle  # type: ignore[import-untyped]  # takes classes of scripts and notebooks along
+        import cloudpickle  # takes classes of scripts and notebooks along
     except ImportError as error:
         raise NoArena("cloudpickle is not installed") from error
     data = {

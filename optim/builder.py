@@ -84,7 +84,7 @@ class Builder:
     def _is_fast_enough(self, trial: Trial, bucket: Bucket) -> bool:
         """Time the engine and eager in turn; write the figures down where the engine stays."""
         engine, proven, row = trial.engine, trial.proven[bucket], self._rows[bucket]
-        runs = [serving(engine, proven.run), self._job.module]
+        runs: list[Runner] = [serving(engine, proven.run), self._job.module]
         ms, eager_ms = time_in_turn(runs, self._reference.samples[bucket], self._job.info.device)
         row.eager_ms = round(eager_ms, 3)
         if self._job.config.compile.only_if_faster and ms > eager_ms:

@@ -63,9 +63,7 @@ def run_within(seconds: float, what: str, function: Callable[[], T], *, inline: 
         thread.join(GRACE_S)
         if thread.is_alive():
             _stuck.append(what)
-            raise OutOfTime(
-                f"did not end within the {seconds:.0f} s it had and could not be stopped; its thread is left behind"
-            )
+            raise OutOfTime(f"did not end within the {seconds:.0f} s it had and cannot be stopped: its thread stays")
         if not box or not box[0][0]:
             raise OutOfTime(f"did not end within the {seconds:.0f} s it had and was stopped")
     worked, result = box[0]

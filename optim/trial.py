@@ -40,7 +40,7 @@ class Proven:
 
 @dataclass
 class Trial:
-    """Tries one engine; `limit_s` bounds its build and each bucket's warm-up. Call from the thread that owns the model."""
+    """Tries one engine on the thread that owns the model; `limit_s` bounds its build and each bucket's warm-up."""
 
     engine: Engine
     reference: Reference
@@ -80,9 +80,7 @@ class Trial:
                     raise
                 waiting = sorted({*self.proven, *waiting}, reverse=True)
                 largest = waiting.pop(0)
-                message = (
-                    f"capturing ran out of memory at bucket {current}; the smaller buckets are captured without it"
-                )
+                message = f"capturing ran out of memory at bucket {current}; smaller buckets are captured without it"
                 fallen[largest] = Refusal(self.engine.name, "warm-up", str(largest), type(error).__name__, message)
                 self._start_over()
                 continue

@@ -104,8 +104,8 @@ class TorchCompileEngine(Engine):
     def build(self) -> None:
         """Wrap the module; nothing is compiled before the first call."""
         asked = self.job.config.compile
-        # Not torch's default, which turns a dimension symbolic at its second size (every bucket would share slower code),
-        # nor its True, which does so with every dimension: what varies is marked.
+        # Not torch's default, which turns a dimension symbolic at its second size (all buckets would share slower
+        # code), nor its True, which does so with every dimension: what varies is marked.
         kwargs: dict[str, Any] = {"backend": self.backend, "fullgraph": asked.fullgraph, "dynamic": False}
         if self.backend == "inductor":
             kwargs["options"] = self._options
@@ -140,7 +140,7 @@ class TorchCompileEngine(Engine):
         if not self._dynamic:
             return
         for spec, tensor in zip(self.job.input_specs, inputs, strict=True):
-            for dim in {spec.batch_dim, *spec.length_dims} - {None}:
+            for dim in (*spec.length_dims, *(() if spec.batch_dim is None else (spec.batch_dim,))):
                 if tensor.shape[dim] > 1:
                     torch._dynamo.mark_dynamic(tensor, dim)
 
@@ -167,7 +167,7 @@ class TorchCompileEngine(Engine):
         with ExitStack() as stack:
             stack.enter_context(dynamo_config.patch(**dynamo))
             stack.enter_context(inductor_config.patch(**inductor))
-            stack.enter_context(compiler_config.patch(cache_key_tag=self._cache_key_tag()))
+            stack.enter_context(compiler_config.patch(cache_key_tag=self._cache_key_tag())  # type: ignore[attr-defined])
             yield
 
     def _cache_key_tag(self) -> str:
