@@ -167,7 +167,8 @@ class TorchCompileEngine(Engine):
         with ExitStack() as stack:
             stack.enter_context(dynamo_config.patch(**dynamo))
             stack.enter_context(inductor_config.patch(**inductor))
-            stack.enter_context(compiler_config.patch(cache_key_tag=self._cache_key_tag())  # type: ignore[attr-defined])
+            tag = compiler_config.patch(cache_key_tag=self._cache_key_tag())  # type: ignore[attr-defined]
+            stack.enter_context(tag)
             yield
 
     def _cache_key_tag(self) -> str:
