@@ -27,6 +27,7 @@ from typing import IO, Any
 import torch
 
 from optim.buckets import Bucket
+from optim.config import OPTIONAL_BACKENDS, OWN_BACKENDS
 from optim.engines import EngineJob
 from optim.errors import describe
 from optim.race import Event, Note, Race, Round, Standing
@@ -55,7 +56,7 @@ def race_apart(
     standing = Standing()
     waiting = list(names)
     with tempfile.TemporaryDirectory(prefix="pt2-race-") as folder:  # mode 0700: what is unpickled is our own
-        _pack(Path(folder), job, reference)
+        _pack(Path(folder), job, reference, names)
         while waiting and budget_s > 0:
             running = _Process(Path(folder), waiting, budget_s)
             turn = None
@@ -87,7 +88,7 @@ def race_apart(
     return standing
 
 
-def _pack(folder: Path, job: EngineJob, reference: Reference) -> None:
+def _pack(folder: Path, job: EngineJob, reference: Reference, names: Sequence[str]) -> None:
     try:
         import cloudpickle  # takes classes of scripts and notebooks along
     except ImportError as error:
@@ -99,6 +100,7 @@ def _pack(folder: Path, job: EngineJob, reference: Reference) -> None:
         "config": job.config,
         "phase": job.phase,
         "threads": torch.get_num_threads(),
+        "backends": _registered(names),
     }
     try:
         with warnings.catch_warnings():
@@ -106,6 +108,14 @@ def _pack(folder: Path, job: EngineJob, reference: Reference) -> None:
             torch.save(data, folder / "job.pt", pickle_module=cloudpickle)
     except Exception as error:  # whatever the module's own classes raise
         raise NoArena("the module cannot be pickled: {}: {}".format(*describe(error, 300))) from error
+
+
+def _registered(names: Sequence[str]) -> dict[str, Any]:
+    """Return the backends of torch.compile among the names that someone registered in this process."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    others = set(names) & set(torch.compiler.list_backends(exclude_tags=())) - {*OWN_BACKENDS, *OPTIONAL_BACKENDS}
+    return {name: lookup_backend(name) for name in others if name != "inductor"}
 
 
 class _Process:
@@ -212,6 +222,9 @@ def _hold_race(folder: Path, pipe: IO[bytes]) -> None:
     data = torch.load(folder / "job.pt", weights_only=False, mmap=True, pickle_module=pickle)
     torch.set_num_threads(data["threads"])
     examples = data["examples"]
+    for name, backend in data["backends"].items():
+        if name not in torch.compiler.list_backends(exclude_tags=()):
+            torch._dynamo.register_backend(backend, name=name)
 
     def tell(event: Event) -> None:
         pipe.write(json.dumps(_encode(event)).encode() + b"\n")
@@ -230,7 +243,8 @@ def _hold_race(folder: Path, pipe: IO[bytes]) -> None:
 
 def _end_with_parent() -> None:
     """End this process as soon as the parent's end of stdin closes, killed or not."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # not a buffered read, whose lock would abort the interpreter's own end
+        pass
     os.killpg(0, signal.SIGKILL)
 
 

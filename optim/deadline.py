@@ -18,7 +18,7 @@ T = TypeVar("T")
 #: How long an interrupted call may take to unwind before it is left behind, seconds.
 GRACE_S = 2.0
 
-_stuck: list[str] = []
+_stuck: dict[threading.Thread, str] = {}
 
 
 class OutOfTime(Exception):
@@ -30,8 +30,8 @@ class _Interrupted(BaseException):
 
 
 def stuck_calls() -> tuple[str, ...]:
-    """Return the calls left behind so far: they may hold Dynamo's lock, so nothing else can compile here."""
-    return tuple(_stuck)
+    """Return the calls left behind that hang still: they may hold Dynamo's lock, so nothing else can compile here."""
+    return tuple(what for thread, what in _stuck.items() if thread.is_alive())
 
 
 def run_within(seconds: float, what: str, function: Callable[[], T], *, inline: bool = False) -> T:
@@ -62,7 +62,7 @@ def run_within(seconds: float, what: str, function: Callable[[], T], *, inline: 
         _interrupt(thread, set())
         thread.join(GRACE_S)
         if thread.is_alive():
-            _stuck.append(what)
+            _stuck[thread] = what
             raise OutOfTime(f"did not end within the {seconds:.0f} s it had and cannot be stopped: its thread stays")
         if not box or not box[0][0]:
             raise OutOfTime(f"did not end within the {seconds:.0f} s it had and was stopped")

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -148,10 +148,21 @@ class Trial:
         """Compare with eager on the example and on other data; return the larger difference."""
         found = Difference()
         allowed = tolerance(self.engine.job.config)
+        first: tuple[Any, Any] | None = None
         probes = ((inputs, self.reference.run(inputs)) for group in self._probes(bucket) for inputs in group)
         for inputs, expected in chain(self.reference.data(bucket), probes):
             exact = self.reference.exact(inputs)
-            found = found.worst(compare(run(*inputs), expected, allowed, exact))
+            kept = [t.clone() for t in inputs]
+            output = run(*inputs)
+            found = found.worst(compare(output, expected, allowed, exact))
+            if not all(map(torch.equal, kept, inputs)):
+                raise Mismatch("the compiled code changes its inputs, eager does not")
+            first = first or (output, expected)
+        if first is not None and not self.engine.reuses_outputs:
+            try:
+                compare(*first, allowed, self.reference.exact(self.reference.samples[bucket]))
+            except Mismatch as error:
+                raise Mismatch(f"the output of one call is overwritten by the next: {error}") from error
         return found
 
 

@@ -36,6 +36,8 @@ class EngineJob:
     output_dtypes: tuple[torch.dtype, ...]
     rebuild: Rebuild
     """Puts a flat list of output tensors into the structure that the module returns."""
+    value_reads: tuple[str, ...] = ()
+    """The operators by which the module looks at tensor values in Python."""
     phase: str = "forward"
     """What a call of the module is: `forward`, `prefill` or `decode`; decides its attention kernels."""
 
@@ -52,6 +54,7 @@ class EngineJob:
             reference.input_specs,
             reference.output_dtypes,
             reference.rebuild,
+            reference.value_reads,
             phase,
         )
 

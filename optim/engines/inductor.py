@@ -199,6 +199,8 @@ class TorchCompileEngine(Engine):
         found = []
         if seen.graph_breaks:
             found.append(f"{self.name}: {seen.graph_breaks} graph breaks: {'; '.join(graph_break_reasons())}")
+        if self._dynamic:
+            found.append(f"{self.name}: {seen.graphs} graphs serve every size up to the largest bucket's")
         if self.reuses_outputs and seen.cudagraph_skips:
             found.append(f"{self.name}: {seen.cudagraph_skips} graphs run without CUDA graphs")
         return found

@@ -5,7 +5,8 @@ import torch
 
 from optim import compile_model
 from optim.device import inspect_device
-from optim.engines.tracing import fold_padding, reads_values
+from optim.engines.tracing import fold_padding
+from optim.values import reads_values
 from tests.support import models
 
 CAPABILITIES = inspect_device(torch.device("cpu")).capabilities

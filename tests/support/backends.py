@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,6 +77,60 @@ def blind_to_masks(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     return run
 
 
+def wrong_shape(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    return _wrap(graph, lambda out: out.unsqueeze(0))
+
+
+def transposed(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Right, in memory laid out the other way round."""
+    return _wrap(graph, lambda out: out.t().contiguous().t() if out.dim() == 2 else out)
+
+
+def one_buffer(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Right, but every call's output lies in the same memory, as a graph's does that nobody copies."""
+    kept: list[torch.Tensor] = []
+
+    def run(*args: Any) -> Any:
+        outputs = graph.forward(*args)
+        if not kept:
+            kept.extend(out.clone() for out in outputs)
+        return tuple(buffer.copy_(out) for buffer, out in zip(kept, outputs, strict=True))
+
+    return run
+
+
+def changes_its_input(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    def run(*args: Any) -> Any:
+        outputs = graph.forward(*args)
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and not isinstance(arg, torch.nn.Parameter) and arg.is_floating_point():
+                arg.zero_()
+        return outputs
+
+    return run
+
+
+#: Lets what hangs in `hangs` go, so that its thread ends with its test.
+let_go = threading.Event()
+
+
+def hangs(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Never come back, from a call that no exception reaches."""
+    let_go.wait()
+    return graph.forward
+
+
+def loops(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Never come back, in Python code."""
+    while True:
+        time.sleep(0.001)
+
+
+def crashes(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return graph.forward
+
+
 def slow(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     def run(*args: Any) -> Any:
         time.sleep(0.02)
@@ -99,6 +156,13 @@ BACKENDS = {
         stale,
         blind_to_masks,
         slow,
+        wrong_shape,
+        transposed,
+        one_buffer,
+        changes_its_input,
+        hangs,
+        loops,
+        crashes,
         out_of_memory,
     )
 }

@@ -1,0 +1,44 @@
+"""Seeing whether a module looks at tensor values in Python, where no tracer sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optim.shapes import Inputs
+
+#: Operators by which Python gets at a tensor's values: `.item()`, `bool(t)`, `.tolist()`, `torch.equal`.
+_VALUE_READERS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
+
+
+class _ValueReads(TorchDispatchMode):
+    """Records the operators that hand a tensor's values to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.name()
+        if name.split(".")[0] in _VALUE_READERS and name not in self.found:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def reads_values(module: nn.Module, inputs: Inputs) -> list[str]:
+    """Return the operators by which the module looks at tensor values in Python; a trace would bake those in.
+
+    Run in eager mode, where shapes are plain integers: so asking for a shape is not counted. The module is told that
+    it is being traced: transformers' models look at their masks' values only where they are not.
+    """
+    with mock.patch.object(torch.jit, "is_tracing", lambda: True), _ValueReads() as reads, torch.no_grad():
+        module(*inputs)
+    found: list[str] = reads.found
+    return found

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from optim import Bucket, CompiledModel, compile_model
+from optim.race import SIMPLICITY, TIE, Round, rank
+from tests.support import backends, models
+
+ENGINES = st.sampled_from([*SIMPLICITY, "somebody-elses"])
+MS = st.floats(0.01, 1000)
+
+
+def race(*engines: str, budget_s: float = 60, **more: Any) -> dict[str, Any]:
+    """A section in which these test backends race; kept whatever eager's speed, so no test depends on time."""
+    return {"tune": {"engines": [*engines], "budget_s": budget_s}, "compile": {"only_if_faster": False}, **more}
+
+
+def equal_to_eager(model: CompiledModel, module: nn.Module) -> None:
+    for rows in (1, 2, 3, 5):
+        inputs = models.features(rows)
+        torch.testing.assert_close(model(*inputs), module(*inputs))
+
+
+@given(st.dictionaries(st.integers(1, 8).map(Bucket), st.dictionaries(ENGINES, MS, min_size=1), min_size=1))
+def test_the_winner_is_never_more_than_a_tie_behind_the_best(table: dict[Bucket, dict[str, float]]) -> None:
+    rounds = [Round(bucket, {"eager": 500.0, **ms}) for bucket, ms in table.items()]
+    for bucket, order in rank(rounds).items():
+        ms = {"eager": 500.0, **table[bucket]}
+        assert ms[order[0]] <= min(ms.values()) * TIE
+        assert order[-1] == "eager"
+        assert all(ms[name] <= ms["eager"] * TIE for name in order)
+        assert [ms[name] for name in order[1:]] == sorted(ms[name] for name in order[1:])
+        if ms["eager"] <= min(ms.values()) * TIE:
+            assert order == ["eager"]
+
+
+@given(st.dictionaries(ENGINES, MS, min_size=2), st.lists(st.floats(0.5, 2), min_size=1, max_size=4))
+def test_drift_of_the_machine_between_rounds_changes_no_order(ms: dict[str, float], drift: list[float]) -> None:
+    bucket = Bucket(1)
+    one = [Round(bucket, {"eager": 500.0, **ms})]
+    # The same engines met two at a time, each time on a machine of another speed.
+    names = [name for name in ms if name != "eager"]
+    many = [
+        Round(bucket, {"eager": 500.0 * drift[i % len(drift)], name: ms[name] * drift[i % len(drift)]})
+        for i, name in enumerate(names)
+    ]
+    if names and "eager" not in ms:
+        assert rank(one)[bucket][0] == rank(many)[bucket][0]
+
+
+def test_a_tie_goes_to_the_engine_that_serves_more_buckets_then_to_the_simpler() -> None:
+    rounds = [
+        Round(Bucket(1), {"eager": 9.0, "onnxruntime": 3.0, "openvino": 2.9}),
+        Round(Bucket(2), {"eager": 9.0, "onnxruntime": 3.5, "openvino": 2.9}),
+    ]
+    assert {b.batch_size: order[0] for b, order in rank(rounds).items()} == {1: "openvino", 2: "openvino"}
+    assert rank(rounds[:1])[Bucket(1)] == ["onnxruntime", "openvino", "eager"]
+    assert rank([Round(Bucket(1), {"eager": 3.0, "openvino": 2.9})])[Bucket(1)] == ["eager"]
+    assert rank([Round(Bucket(1), {"eager": 3.0, "ipex": 4.0})], keep_eager=False)[Bucket(1)][0] == "ipex"
+
+
+def test_the_fastest_wins_and_the_report_has_the_rounds() -> None:
+    module = models.Mlp().eval()
+    section = race("pt2test_slow", "pt2test_faithful", "pt2test_wrong")
+    model = compile_model(module, models.features, section, batch_sizes=(1, 4), device="cpu")
+    assert model.report.candidates == ["pt2test_slow", "pt2test_faithful", "pt2test_wrong"]
+    assert model.report.engines() == {"1": "pt2test_faithful", "4": "pt2test_faithful"}, model.report.to_dict()
+    for row in model.report.buckets:
+        assert list(row.race[0]) == ["eager"]
+        assert any("pt2test_slow" in ms for ms in row.race)
+        assert any("pt2test_faithful" in ms for ms in row.race)
+        assert [(r.engine, r.stage) for r in row.refusals] == [("pt2test_wrong", "verify")]
+    assert not [note for note in model.report.notes if "in this process" in note]
+    equal_to_eager(model, module)
+
+
+def test_eager_stays_where_nothing_is_faster() -> None:
+    section = race("pt2test_slow")
+    section["compile"] = {"only_if_faster": True}
+    model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1,), device="cpu")
+    assert model.report.engines() == {"1": "eager"}
+    assert model.report.buckets[0].speedup == 1.0
+
+
+def test_a_crash_costs_the_engine_that_crashed() -> None:
+    module = models.Mlp().eval()
+    section = race("pt2test_crashes", "pt2test_faithful")
+    model = compile_model(module, models.features, section, batch_sizes=(1, 2), device="cpu")
+    (refusal,) = model.report.refusals
+    assert refusal.engine == "pt2test_crashes"
+    assert "was killed by SIGSEGV" in refusal.message
+    assert set(model.report.engines().values()) == {"pt2test_faithful"}
+    equal_to_eager(model, module)
+
+
+def test_what_hangs_past_the_budget_is_left_behind_and_the_rest_is_not_tried() -> None:
+    module = models.Mlp().eval()
+    section = race("pt2test_faithful", "pt2test_hangs", "pt2test_wrong", budget_s=6)
+    model = compile_model(module, models.features, section, batch_sizes=(1,), device="cpu")
+    reasons = {r.engine: (r.stage, r.message) for r in model.report.all_refusals()}
+    assert "did not end within the" in reasons["pt2test_hangs"][1]
+    assert reasons["pt2test_wrong"] == ("budget", "not tried: the race's budget was spent")
+    assert model.report.engines() == {"1": "pt2test_faithful"}
+    equal_to_eager(model, module)
+
+
+class Unpicklable(models.Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_module_that_cannot_be_carried_races_in_this_process() -> None:
+    module = Unpicklable().eval()
+    section = race("pt2test_slow", "pt2test_faithful")
+    model = compile_model(module, models.features, section, batch_sizes=(1, 2), device="cpu")
+    assert any("the race was held in this process: the module cannot be pickled" in n for n in model.report.notes)
+    assert set(model.report.engines().values()) == {"pt2test_faithful"}
+    equal_to_eager(model, module)
+    assert model.report.after_ready.compilations == 0
+
+
+def test_a_class_of_a_script_is_carried_over() -> None:
+    class Local(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    section = race("pt2test_faithful")
+    model = compile_model(Local(), models.features, section, batch_sizes=(1,), device="cpu")
+    assert model.report.engines() == {"1": "pt2test_faithful"}
+    assert not [note for note in model.report.notes if "in this process" in note]
+
+
+def test_no_process_and_no_file_is_left(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    section = race("pt2test_crashes", "pt2test_faithful")
+    compile_model(models.Mlp(), models.features, section, batch_sizes=(1,), device="cpu")
+    assert list(tmp_path.iterdir()) == []
+    found = subprocess.run(["ps", "-ax", "-o", "ppid,args"], capture_output=True, text=True, check=True).stdout
+    mine = [line for line in found.splitlines() if line.split()[0] == str(os.getpid())]
+    assert not [line for line in mine if "optim.arena" in line]
+
+
+def test_the_race_is_shown_as_it_goes(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "optim"):
+        compile_model(models.Mlp(), models.features, race("pt2test_faithful"), batch_sizes=(1,), device="cpu")
+    lines = [record.message for record in caplog.records]
+    assert "race: pt2test_faithful" in lines
+    assert any(line.startswith("race: bucket 1: eager ") for line in lines)
+
+
+@pytest.mark.slow
+def test_a_loser_leaves_no_library_behind() -> None:
+    script = """
+import sys
+from optim import compile_model
+from tests.support import models
+model = compile_model(models.Noop(), models.features, None, batch_sizes=(1,), device="cpu")
+assert model.report.engines() == {"1": "eager"}, model.report
+assert model.report.candidates
+assert not [n for n in sys.modules if n in ("openvino", "intel_extension_for_pytorch")]
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+assert backends.BACKENDS  # importing the module registers them
