@@ -38,7 +38,9 @@ def reads_values(module: nn.Module, inputs: Inputs) -> list[str]:
     Run in eager mode, where shapes are plain integers: so asking for a shape is not counted. The module is told that
     it is being traced: transformers' models look at their masks' values only where they are not.
     """
-    with mock.patch.object(torch.jit, "is_tracing", lambda: True), _ValueReads() as reads, torch.no_grad():
+    # Under a dispatch mode Dynamo gives a function up for good; what the caller compiled himself is not ours to spoil.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, mock.patch.object(torch.jit, "is_tracing", lambda: True), _ValueReads() as reads, torch.no_grad():
         module(*inputs)
     found: list[str] = reads.found
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from optim import CompiledModel, CompileError, compile_model
+from optim.deadline import stuck_calls
 from optim.device import inspect_device
 from tests.support import backends, models
 
@@ -190,6 +192,8 @@ def hanging() -> Iterator[None]:
     backends.let_go.clear()
     yield
     backends.let_go.set()
+    while stuck_calls():
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize(("backend", "text"), [("loops", "was stopped"), ("hangs", "cannot be stopped")])
