@@ -18,7 +18,7 @@ from optim.arena import NoArena, race_apart
 from optim.attention import check_phase, kernel_of
 from optim.buckets import Bucket, make_grid
 from optim.builder import Builder
-from optim.config import Pt2Config
+from optim.config import Pt2Config, cache_folder_notes
 from optim.device import pick_device
 from optim.engines import EngineJob, choose_engines
 from optim.errors import CompileError
@@ -65,6 +65,7 @@ def compile_model(
     check_phase(phase)
     started = time.perf_counter()
     report = CompileReport(torch.__version__, {}, config.to_dict(), phase=phase, attention=kernel_of(config, phase))
+    report.notes += cache_folder_notes
     module = _unwrap(module, report).to(where)
     if module.training:
         _put_in_eval_mode(module, report)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import getpass
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
 import sys
 import sysconfig
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +81,33 @@ def inspect_device(device: torch.device) -> DeviceInfo:
         "bfloat16": _find_bfloat16(device),
     }
     return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
+
+
+def ensure_cache_folder() -> str | None:
+    """See to it that Inductor can write its cache; return what was done, if something had to be.
+
+    From torch 2.13 on, Dynamo cannot even be imported where it cannot. Then this process, and those that it starts, use
+    a folder of their own for as long as they live.
+    """
+    key = "TORCHINDUCTOR_CACHE_DIR"
+    folder = Path(os.environ.get(key) or Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        own = tempfile.mkdtemp(prefix="pt2-inductor-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        os.environ[key] = own
+        return f"Inductor's cache folder {folder} cannot be written ({error.strerror}); {own} is used instead"
+
+
+def _user_name() -> str:
+    """Return the user's name as Inductor's default folder has it."""
+    try:
+        return re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def import_ipex() -> ModuleType:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
+
+
+def _counters() -> Any:
+    """Return Dynamo's counters; importing Dynamo takes a second and touches the disk, so not with this module."""
+    from torch._dynamo.utils import counters
+
+    return counters
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class CompileCounts:
 
 def count_graphs() -> int:
     """Return the graphs compiled since the process started; two dictionary look-ups, so cheap enough for every call."""
-    return counters["stats"]["unique_graphs"]
+    return int(_counters()["stats"]["unique_graphs"])
 
 
 def count_recordings(device: torch.device) -> int:
@@ -41,6 +48,7 @@ def count_recordings(device: torch.device) -> int:
 
 def count_compilations() -> CompileCounts:
     """Read all the counters."""
+    counters = _counters()
     return CompileCounts(
         count_graphs(),
         sum(counters["graph_break"].values()),
@@ -50,4 +58,4 @@ def count_compilations() -> CompileCounts:
 
 def graph_break_reasons(limit: int = 3) -> list[str]:
     """Return the first lines of the most frequent graph-break reasons since the process started."""
-    return [reason.strip().splitlines()[0] for reason, _ in counters["graph_break"].most_common(limit)]
+    return [reason.strip().splitlines()[0] for reason, _ in _counters()["graph_break"].most_common(limit)]

@@ -64,11 +64,12 @@ def describe(server: Server, path: str) -> dict[str, Any]:
 def test_the_model_was_compiled_for_every_bucket_before_the_first_request(server: Server) -> None:
     report = describe(server, "/models/image-classifier")
     capabilities = inspect_device(torch.device("cpu")).capabilities
-    expected = "ipex" if capabilities["ipex"].available else "inductor" if capabilities["cxx"].available else "eager"
     assert [b["batch_size"] for b in report["buckets"]] == [1, 2, 4, 8]
-    engines = {b["engine"] for b in report["buckets"]}
-    assert engines == {expected}, report
+    installed = [name for name in ("openvino", "onnxruntime", "ipex") if capabilities[name].available]
+    assert [name for name in report["candidates"] if name in installed] == installed
     for bucket in report["buckets"]:
+        assert {name for ms in bucket["race"] for name in ms} >= {"eager", *installed[:1]}
+        assert bucket["engine"] != "eager", report  # on any CPU one of them is faster
         assert bucket["ms"] <= bucket["eager_ms"]
         assert bucket["max_abs_error"] < 1e-2
 
