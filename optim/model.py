@@ -65,11 +65,18 @@ class CompiledModel:
         self._ms = {Bucket(b.batch_size, b.length or 0): b.ms or 0.0 for b in report.buckets}
         self._owner = threading.get_ident()
         self._bound_to_thread = any(lane.engine.reuses_outputs for lane in lanes.values())
+        self._records = self._bound_to_thread and device.type == "cuda"
         self._compiled = any(lane.engine.name != "eager" for lane in lanes.values())
         self._strict = strict
         self._takes_any_size = any(lane.engine.takes_any_size for lane in lanes.values())
         self._exact = {_shapes(inputs): bucket for bucket, inputs in samples.items()}
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
+        #: Inputs of exactly a bucket's shapes need no measuring, unless several runs cost less than its own.
+        self._direct = {
+            shapes: bucket
+            for shapes, bucket in self._exact.items()
+            if not report.padding or self._plan(bucket.batch_size, bucket.length) == (bucket.batch_size,)
+        }
 
     @property
     def report(self) -> CompileReport:
@@ -109,7 +116,7 @@ class CompiledModel:
             self._account(before)
 
     def _count(self) -> tuple[int, int]:
-        return count_graphs(), count_recordings(self.device) if self._bound_to_thread else 0
+        return count_graphs(), count_recordings(self.device) if self._records else 0
 
     def _account(self, before: tuple[int, int]) -> None:
         """Count what was compiled or recorded during a call; with `strict` that is an error."""
@@ -124,9 +131,11 @@ class CompiledModel:
     def _dispatch(self, inputs: Inputs) -> Any:
         if not self._compiled:
             return self._module(*inputs)
+        bucket = self._direct.get(_shapes(inputs))
+        if bucket is not None:
+            return self._run(bucket, inputs)
         if not self._report.padding and not self._takes_any_size:
-            bucket = self._exact.get(_shapes(inputs))
-            return self._run_without_bucket(inputs) if bucket is None else self._run(bucket, inputs)
+            return self._run_without_bucket(inputs)
         size = measure(self.input_specs, inputs)
         if size is None:
             return self._run_without_bucket(inputs)
@@ -152,8 +161,8 @@ class CompiledModel:
         return cover(rows, costs)
 
     def _run_padded(self, bucket: Bucket, part: Inputs, rows: int, length: int) -> Any:
-        if self._lanes[bucket].engine.name == "eager":  # needs no padding
-            return self._module(*part)
+        if self._lanes[bucket].engine.name == "eager":
+            return self._module(*part)  # needs no padding
         if self._lanes[bucket].engine.takes_any_size:
             return self._run(bucket, tuple(normalize(t, self.device) for t in part))
         padded = tuple(normalize(t, self.device) for t in pad(self.input_specs, part, bucket.batch_size, bucket.length))
@@ -169,6 +178,8 @@ class CompiledModel:
 
     def _run(self, bucket: Bucket, inputs: Inputs) -> Any:
         lane = self._lanes[bucket]
+        if lane.engine.name == "eager":
+            return self._module(*inputs)
         try:
             with lane.engine.serving():
                 output = lane.run(*inputs)

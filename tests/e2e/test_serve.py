@@ -99,12 +99,7 @@ def test_many_callers_at_once_and_no_compilation(server: Server) -> None:
         assert json.loads(body) == pytest.approx(first, abs=1e-3)
     for _ in range(8):  # whichever replica answers
         after = describe(server, "/models/image-classifier")["after_ready"]
-        assert {k: v for k, v in after.items() if k != "calls"} == {
-            "compilations": 0,
-            "refused_compilations": 0,
-            "shapes_without_bucket": 0,
-            "failed_runs": 0,
-        }
+        assert {key: count for key, count in after.items() if key != "calls" and count} == {}
 
 
 def test_a_handle_takes_bytes_and_arrays(server: Server) -> None:

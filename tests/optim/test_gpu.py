@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from optim import compile_model
+from optim import Bucket, CompileError, compile_model
+from optim.trial import Trial
 from tests.support import models
 
 pytestmark = [
@@ -19,11 +22,109 @@ pytestmark = [
 GRAPHS = {"compile": {"backend": "inductor", "mode": "reduce-overhead", "only_if_faster": False}}
 
 
-def test_auto_means_inductor_with_cuda_graphs() -> None:
-    model = compile_model(models.Mlp(), models.features, {"compile": {"only_if_faster": False}}, device="cuda")
-    assert model.report.candidates == ["inductor"]
+class Block(nn.Module):
+    """A small transformer block, [B, 16, 64] -> [B, 16, 64]: many small kernels, so launches are what it costs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+def sequences(batch_size: int, length: int | None = None) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(batch_size)
+    return (torch.randn((batch_size, 16, 64), generator=generator),)
+
+
+class LeavesTheGpu(nn.Module):
+    """Computes in part on the CPU, which no CUDA graph can hold."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.cpu() * 2).to(x.device) + 1
+
+
+def test_auto_races_inductors_variants_here() -> None:
+    section = {"compile": {"only_if_faster": False}, "tune": {"budget_s": 120}}
+    model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 8), device="cuda")
+    assert model.report.candidates[:2] == ["inductor", "inductor-default"]
+    assert set(model.report.engines().values()) <= set(model.report.candidates), model.report.all_refusals()
+    assert {"eager", "inductor", "inductor-default"} <= {name for ms in model.report.buckets[0].race for name in ms}
+    for rows in (1, 3, 8, 11):
+        inputs = models.features(rows)
+        with torch.no_grad():
+            torch.testing.assert_close(model(*inputs), model.module(*(t.cuda() for t in inputs)), rtol=1e-3, atol=1e-3)
+    assert model.report.after_ready.graph_recordings == 0
+
+
+def test_reduce_overhead_is_the_choice_for_a_small_transformer_and_nothing_is_skipped() -> None:
+    section = {"compile": {"mode": "reduce-overhead"}, "strict": True}
+    model = compile_model(Block(), sequences, section, batch_sizes=(1, 4), device="cuda")
     assert set(model.report.engines().values()) == {"inductor"}, model.report.all_refusals()
     assert not [note for note in model.report.notes if "without CUDA graphs" in note]
+    assert all(row.graph_bytes is not None for row in model.report.buckets)
+    assert sum(row.graph_bytes or 0 for row in model.report.buckets) > 0
+
+
+def test_outputs_are_intact_under_ten_thousand_replays_with_changing_data() -> None:
+    module = Block().eval()
+    model = compile_model(module, sequences, GRAPHS, batch_sizes=(1,), device="cuda")
+    (example,) = sequences(1)
+    with torch.no_grad():
+        inputs = [torch.roll(example, i, 1).cuda() for i in range(16)]
+        want = [module(x) for x in inputs]
+    kept = [model(x) for x in inputs]
+    for i in range(10_000):
+        found = model(inputs[i % 16])
+        if i % 97 == 0:
+            torch.testing.assert_close(found, want[i % 16], rtol=1e-3, atol=1e-3)
+    for found, expected in zip(kept, want, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    after = model.report.after_ready
+    assert (after.compilations, after.graph_recordings, after.failed_runs) == (0, 0, 0)
+
+
+def test_a_skipped_graph_is_told_and_an_error_when_strict() -> None:
+    model = compile_model(LeavesTheGpu(), models.features, GRAPHS, batch_sizes=(2,), device="cuda")
+    assert any("without CUDA graphs" in note for note in model.report.notes)
+    with torch.no_grad():
+        inputs = models.features(2)
+        torch.testing.assert_close(model(*inputs), inputs[0].cuda() * 2 + 1)
+    with pytest.raises(CompileError, match="without CUDA graphs"):
+        compile_model(LeavesTheGpu(), models.features, {**GRAPHS, "strict": True}, batch_sizes=(2,), device="cuda")
+
+
+def test_a_capture_that_runs_out_of_memory_is_retried_with_fewer_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory is there; the engine says that it is not, for the largest bucket, when capturing it."""
+    warm_up = Trial._warm_up
+
+    def short_of_memory(self: Trial, bucket: Bucket) -> Any:
+        run = warm_up(self, bucket)
+        if bucket.batch_size == 8:
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")  # a real torch.OutOfMemoryError
+        return run
+
+    monkeypatch.setattr(Trial, "_warm_up", short_of_memory)
+    model = compile_model(models.Mlp(), models.features, GRAPHS, device="cuda")
+    assert model.report.engines() == {"1": "inductor", "2": "inductor", "4": "inductor", "8": "eager"}
+    assert "capturing ran out of memory at bucket 8" in model.report.buckets[3].refusals[0].message
+    for rows in (1, 4, 8, 9):
+        inputs = models.features(rows)
+        with torch.no_grad():
+            torch.testing.assert_close(model(*inputs), model.module(*(t.cuda() for t in inputs)), rtol=1e-3, atol=1e-3)
+    assert model.report.after_ready.graph_recordings == 0
+
+
+def test_tf32_is_off_unless_asked_for_and_off_again_after() -> None:
+    section = {**GRAPHS, "matmul_precision": "high"}
+    model = compile_model(Block(), sequences, section, batch_sizes=(2,), device="cuda")
+    assert model.report.config["matmul_precision"] == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
+    model(*sequences(2))
+    assert model.report.after_ready.refused_compilations == 0
 
 
 def test_replays_with_changing_data_and_no_late_compilation() -> None:

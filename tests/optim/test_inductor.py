@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from optim import compile_model
 from optim.device import inspect_device
+from optim.monitor import count_compilations
 from tests.support import models
 
 pytestmark = [
@@ -81,3 +84,70 @@ def test_a_hidden_state_of_the_machine_is_no_reason_to_compile_again() -> None:
     with torch.enable_grad():  # the model turns it off itself
         torch.testing.assert_close(model(*inputs), module(*inputs))
     assert model.report.after_ready.refused_compilations == 0
+
+
+def test_a_package_is_loaded_and_held_against_eager(tmp_path: Path) -> None:
+    module = models.SmallCnn().eval()
+    rows = torch.export.Dim("rows", min=1, max=4)
+    with torch.no_grad():
+        exported = torch.export.export(module, models.images(4), dynamic_shapes=({0: rows},))
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    before = count_compilations().graphs
+    section = {"export": {"aot_compile": True, "path": path}, "compile": {"enable": False, **KEEP}}
+    model = compile_model(module, models.images, section, batch_sizes=(1, 4), device="cpu")
+    assert set(model.report.engines().values()) == {"aot"}, model.report.all_refusals()
+    assert count_compilations().graphs == before  # loaded, not compiled
+    with torch.no_grad():
+        torch.testing.assert_close(model(*models.images(3)), module(*models.images(3)), rtol=1e-4, atol=1e-4)
+        module.head.bias.add_(1)  # now it is the package of another model
+    other = compile_model(module, models.images, section, batch_sizes=(1,), device="cpu")
+    assert other.report.engines() == {"1": "eager"}
+    assert other.report.buckets[0].refusals[0].stage == "verify"
+
+
+def test_a_package_that_is_not_there_is_a_fallback() -> None:
+    section = {"export": {"aot_compile": True, "path": "nowhere.pt2"}}
+    model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1,), device="cpu")
+    assert model.report.engines() == {"1": "eager"}
+    assert "there is no file 'nowhere.pt2'" in model.report.refusals[0].message
+
+
+def test_dynamic_code_takes_every_size_and_compiles_none_later() -> None:
+    module = models.MaskedMean().eval()
+    section = {"compile": {"backend": "inductor", "dynamic": True, **KEEP}}
+    model = compile_model(module, models.tokens, section, batch_sizes=(1, 4), lengths=(8, 16), device="cpu")
+    assert set(model.report.engines().values()) == {"inductor"}, model.report.all_refusals()
+    assert any("graphs serve every size" in note for note in model.report.notes)
+    sizes = [(rows, length) for rows in (1, 2, 3, 4, 6) for length in (1, 2, 5, 8, 11, 16)]
+    for rows, length in sizes:
+        inputs = models.tokens(rows, length)
+        torch.testing.assert_close(model(*inputs), module(*inputs))
+    after = model.report.after_ready
+    assert (after.calls, after.compilations, after.refused_compilations) == (len(sizes), 0, 0)
+    assert (after.failed_runs, after.shapes_without_bucket) == (0, 0)
+
+
+def test_dynamic_code_takes_rows_that_depend_on_each_other_unpadded() -> None:
+    module = models.Centering().eval()
+    section = {"compile": {"backend": "inductor", "dynamic": True, **KEEP}}
+    model = compile_model(module, models.features, section, batch_sizes=(8,), device="cpu")
+    assert not model.report.padding
+    for rows in (1, 3, 8):
+        torch.testing.assert_close(model(*models.features(rows)), module(*models.features(rows)))
+    assert model.report.after_ready.shapes_without_bucket == 0
+    model(*models.features(9))  # split, it would be wrong
+    assert model.report.after_ready.shapes_without_bucket == 1
+
+
+class FixedSize(torch.nn.Module):
+    """Has its batch size in its code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(4, -1, 8).sum(1) if x.shape[0] == 4 else x * 1
+
+
+def test_a_module_that_fixes_its_size_is_no_dynamic_one() -> None:
+    section = {"compile": {"backend": "inductor", "dynamic": True, **KEEP}}
+    model = compile_model(FixedSize(), models.features, section, batch_sizes=(4,), device="cpu")
+    assert model.report.engines() == {"4": "eager"}
+    assert model.report.buckets[0].refusals[0].stage in ("warm-up", "verify")

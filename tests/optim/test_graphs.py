@@ -1,0 +1,120 @@
+"""The logic around CUDA graphs, without a GPU: an engine that behaves as they do."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import optim.builder
+from optim import Bucket, CompiledModel, compile_model
+from optim.engines.base import Engine, EngineJob, Runner
+from tests.support import models
+
+
+class Graphs(Engine):
+    """Each bucket takes memory by its rows, and its output lies in one buffer that every call overwrites."""
+
+    name = "graphs"
+    reuses_outputs = True
+    capacity = 0
+    captured: list[int]
+
+    def __init__(self, job: EngineJob) -> None:
+        super().__init__(job)
+        self._held = 0
+        self.closed = False
+
+    def compile(self, bucket: Bucket) -> Runner:
+        self.captured.append(bucket.batch_size)
+        self._held += bucket.batch_size
+        if self._held > self.capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        buffer = torch.empty(bucket.batch_size, 4)
+        return lambda *inputs: buffer.copy_(self.job.module(*inputs))
+
+    def close(self) -> None:
+        self._held = 0
+        self.closed = True
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graphs]:
+    monkeypatch.setattr(optim.builder, "make_engine", lambda name, job: Graphs(job))
+    monkeypatch.setattr(Graphs, "captured", [], raising=False)
+    return Graphs
+
+
+def build(**more: Any) -> CompiledModel:
+    section = {"compile": {"backend": "cudagraphs", "only_if_faster": False}, **more}
+    return compile_model(models.Mlp(), models.features, section, device="cpu")
+
+
+def check(model: CompiledModel) -> None:
+    module = models.Mlp().eval()
+    with torch.no_grad():
+        for rows in (1, 2, 3, 7, 8, 9):
+            torch.testing.assert_close(model(*models.features(rows)), module(*models.features(rows)))
+
+
+def test_the_largest_is_captured_first(graphs: type[Graphs]) -> None:
+    graphs.capacity = 15
+    model = build()
+    assert graphs.captured == [8, 4, 2, 1]
+    assert set(model.report.engines().values()) == {"graphs"}
+    check(model)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "captured", "kept"),
+    [
+        (7, [8, 4, 2, 1], ["1", "2", "4"]),
+        (13, [8, 4, 2, 4, 2, 1], ["1", "2", "4"]),
+        (5, [8, 4, 2, 2, 1], ["1", "2"]),
+        (1, [8, 4, 2, 1], ["1"]),
+        (0, [8, 4, 2, 1], []),
+    ],
+)
+def test_out_of_memory_means_fewer_buckets(
+    graphs: type[Graphs], capacity: int, captured: list[int], kept: list[str]
+) -> None:
+    graphs.capacity = capacity
+    model = build()
+    assert graphs.captured == captured
+    engines = model.report.engines()
+    assert [name for name in engines if engines[name] == "graphs"] == kept
+    for row in model.report.buckets:
+        if str(row.batch_size) not in kept:
+            (refusal,) = row.refusals
+            assert (refusal.stage, refusal.exception) == ("warm-up", "OutOfMemoryError")
+            assert "capturing ran out of memory at bucket" in refusal.message
+    check(model)
+
+
+def test_outputs_are_copied(graphs: type[Graphs]) -> None:
+    graphs.capacity = 15
+    model = build()
+    first = model(*models.features(4))
+    kept = first.clone()
+    model(torch.full((4, 8), 7.0))
+    assert torch.equal(first, kept)
+
+
+def test_a_second_thread_is_refused(graphs: type[Graphs]) -> None:
+    graphs.capacity = 15
+    model = build()
+    caught: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            model(*models.features(4))
+        except RuntimeError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert "belong to the thread" in str(caught[0])
+    check(model)
