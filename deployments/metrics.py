@@ -23,7 +23,9 @@ class ModelMetrics:
         self._eager_buckets = Gauge(
             "pt2_eager_buckets", "Buckets served eager although they were compiled for.", **tags
         )
-        self._compilations = Gauge("pt2_compilations_after_ready", "Compilations since ready; should stay 0.", **tags)
+        self._compilations = Gauge(
+            "pt2_compilations_after_ready", "Compilations since ready, CUDA graphs too; should stay 0.", **tags
+        )
         self._fallbacks = Gauge(
             "pt2_fallback_calls",
             "Calls since ready that ran eager instead, by reason.",
@@ -63,7 +65,7 @@ class ModelMetrics:
 
     def record_after_ready(self, after: AfterReady) -> None:
         """Publish what should stay 0."""
-        self._compilations.set(after.compilations)
+        self._compilations.set(after.compilations + after.graph_recordings)
         self._fallbacks.set(after.refused_compilations, tags={"reason": "compilation"})
         self._fallbacks.set(after.failed_runs, tags={"reason": "failure"})
         self._fallbacks.set(after.shapes_without_bucket, tags={"reason": "shape"})

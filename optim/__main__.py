@@ -18,6 +18,7 @@ import torch
 
 from optim import CompileError, CompileReport, ConfigError, ModelError, compile_model
 from optim.buckets import Bucket
+from optim.report import group_refusals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def format_report(report: CompileReport) -> str:
     lines.append(f"{report.device['name']}, {report.device['threads']} threads, torch {report.torch_version}")
     lines += [f"seconds: {', '.join(f'{name} {seconds:.1f}' for name, seconds in report.seconds.items())}"]
     lines += [f"note: {note}" for note in report.notes]
-    lines += [f"refused: {refusal}" for refusal in report.all_refusals()]
+    lines += [f"refused: {reason}" for reason in group_refusals(report.all_refusals())]
     return "\n".join(lines)
 
 

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from optim.errors import CompileError
 from optim.model import CompiledModel, Lane
 from optim.race import Event, Note, Race, Round, Standing, rank
 from optim.reference import Reference
-from optim.report import BucketReport, CompileReport, Refusal
+from optim.report import BucketReport, CompileReport, Refusal, group_refusals
 from optim.shapes import Example
 from optim.trial import Trial
 
@@ -208,18 +207,10 @@ def _announce(report: CompileReport) -> None:
     if eager and report.candidates:
         reasons = [*report.refusals, *(refusal for b in eager for refusal in b.refusals)]
         names = ", ".join(str(Bucket(b.batch_size, b.length or 0)) for b in eager)
-        why = "; ".join(_group(reasons)) or "no engine was more than 5 % faster"
+        why = "; ".join(group_refusals(reasons)) or "no engine was more than 5 % faster"
         logger.warning("buckets %s are served eager: %s", names, why)
     elif report.all_refusals():
-        logger.info("refused on the way: %s", "; ".join(_group(report.all_refusals())))
-
-
-def _group(refusals: Iterable[Refusal]) -> list[str]:
-    """Say each reason once, with the buckets that it holds for."""
-    buckets: dict[Refusal, list[str]] = {}
-    for refusal in refusals:
-        buckets.setdefault(replace(refusal, bucket=None), []).append(refusal.bucket or "")
-    return [str(replace(reason, bucket=", ".join(filter(None, names)) or None)) for reason, names in buckets.items()]
+        logger.info("refused on the way: %s", "; ".join(group_refusals(report.all_refusals())))
 
 
 def _raise_failures(report: CompileReport) -> None:

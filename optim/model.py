@@ -66,6 +66,7 @@ class CompiledModel:
         self._owner = threading.get_ident()
         self._bound_to_thread = any(lane.engine.reuses_outputs for lane in lanes.values())
         self._records = self._bound_to_thread and device.type == "cuda"
+        self._plain = not strict and all(lane.engine.name == "eager" for lane in lanes.values())
         self._compiled = any(lane.engine.name != "eager" for lane in lanes.values())
         self._strict = strict
         self._takes_any_size = any(lane.engine.takes_any_size for lane in lanes.values())
@@ -108,6 +109,9 @@ class CompiledModel:
             raise RuntimeError("CUDA graphs belong to the thread that built this model; call it from there")
         after = self._report.after_ready
         after.calls += 1
+        if self._plain and not torch.is_grad_enabled() and all(t.device == self.device for t in inputs):
+            # Nothing was compiled: a small module takes less than the bookkeeping below.
+            return self._module(*inputs)
         before = self._count()
         try:
             with torch.no_grad():

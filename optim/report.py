@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from optim.buckets import Bucket
@@ -103,3 +104,11 @@ class CompileReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, ready for JSON."""
         return asdict(self)
+
+
+def group_refusals(refusals: Iterable[Refusal]) -> list[str]:
+    """Say each reason once, with the buckets that it holds for."""
+    buckets: dict[Refusal, list[str]] = {}
+    for refusal in refusals:
+        buckets.setdefault(replace(refusal, bucket=None), []).append(refusal.bucket or "")
+    return [str(replace(reason, bucket=", ".join(filter(None, names)) or None)) for reason, names in buckets.items()]
