@@ -13,7 +13,7 @@ from optim.model import Lane
 from optim.reference import Reference
 from optim.report import CompileReport, Refusal
 from optim.timing import time_in_turn
-from optim.trial import Trial
+from optim.trial import Trial, tolerance_used
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Builder:
             for bucket in buckets:
                 waiting[bucket] = [] if bucket in built else waiting[bucket][1:]
         self._measure_eager(lanes)
-        self._close_all_but({lane.engine for lane in lanes.values()})
+        self._finish({lane.engine for lane in lanes.values()})
         return lanes
 
     def _build_engine(self, name: str, buckets: Sequence[Bucket]) -> dict[Bucket, Lane]:
@@ -93,6 +93,7 @@ class Builder:
             return False
         row.engine, row.ms, row.speedup = engine.name, round(ms, 3), round(eager_ms / ms, 3)
         row.max_abs_error, row.relative_error = proven.difference.max_abs, proven.difference.relative
+        row.tolerance = tolerance_used(self._job.config, self._job.output_dtypes)
         row.graph_bytes = proven.graph_bytes
         return True
 
@@ -104,9 +105,13 @@ class Builder:
             if lanes[bucket].engine.name == "eager":
                 row.ms, row.speedup = row.eager_ms, 1.0
 
-    def _close_all_but(self, used: set[Engine]) -> None:
+    def _finish(self, used: set[Engine]) -> None:
         for trial in self._trials.values():
-            if trial is not None and trial.engine not in used:
+            if trial is None:
+                continue
+            if trial.engine in used:
+                trial.engine.finish()
+            else:
                 trial.proven.clear()
                 trial.engine.close()
 

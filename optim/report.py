@@ -43,6 +43,8 @@ class BucketReport:
     ms: float | None = None
     eager_ms: float | None = None
     speedup: float | None = None
+    tolerance: float | None = None
+    """The error that was allowed, relative to the value plus the RMS."""
     max_abs_error: float | None = None
     relative_error: float | None = None
     graph_bytes: int | None = None

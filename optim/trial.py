@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
@@ -173,6 +173,12 @@ def tolerance(config: Pt2Config) -> float | None:
     if config.autocast:
         return TOLERANCES[torch.bfloat16]
     return None if config.matmul_precision in (None, "highest") else _FAST_MATMUL_TOLERANCE
+
+
+def tolerance_used(config: Pt2Config, dtypes: Iterable[torch.dtype]) -> float:
+    """Return the largest error that outputs of these dtypes were allowed."""
+    asked = tolerance(config)
+    return asked if asked is not None else max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
 
 
 def _reserved(engine: Engine) -> int | None:

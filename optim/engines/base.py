@@ -106,6 +106,9 @@ class Engine:
     def check_warm(self, bucket: Bucket) -> None:
         """Raise where warm-up ended in something else than compiled code (a silent fallback)."""
 
+    def finish(self) -> None:
+        """Let go of what only building needed: every bucket that this engine serves is built."""
+
     def close(self) -> None:
         """Let go of everything that was built: the engine serves nothing."""
 

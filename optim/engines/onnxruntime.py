@@ -72,7 +72,15 @@ class OnnxRuntimeEngine(Engine):
             self._shared = False
             return
         try:
-            self._export(self.job.samples[max(self.job.samples)], shapes, self._path("shared"))
+            program = self._export(self.job.samples[max(self.job.samples)], shapes, self._path("shared"))
+            # Where it cannot keep a size free, the exporter may fix it without a word.
+            found = [value.shape for value in program.model.graph.inputs]
+            free = all(
+                not isinstance(shape[dim], int)
+                for shape, dims in zip(found, shapes["inputs"], strict=True)
+                for dim in dims
+            )
+            self._shared = free
         except Exception as error:  # sizes that the module fixes, in whatever words the exporter has for it
             if is_device_error(error):
                 raise
@@ -109,6 +117,10 @@ class OnnxRuntimeEngine(Engine):
 
         return run
 
+    def finish(self) -> None:
+        """Remove the exported files: sessions hold what they need of them."""
+        self._clean_up()
+
     def close(self) -> None:
         """Remove the exported files; sessions go with what runs them."""
         self._clean_up()
@@ -136,7 +148,7 @@ class OnnxRuntimeEngine(Engine):
             free.append(dims)
         return {"inputs": tuple(free)}
 
-    def _export(self, sample: tuple[torch.Tensor, ...], shapes: Any, path: Path) -> None:
+    def _export(self, sample: tuple[torch.Tensor, ...], shapes: Any, path: Path) -> Any:
         flat = FlatModule(self.job.module, self.job, autocast=False).eval()
         # The exporter prints its progress, logs every constant that it folds, and warns of its own dependencies.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad(), _quiet_exporter():
@@ -144,6 +156,7 @@ class OnnxRuntimeEngine(Engine):
             program = torch.onnx.export(flat, sample, dynamo=True, dynamic_shapes=shapes, verbose=False)
         assert program is not None
         program.save(str(path), external_data=True)
+        return program
 
 
 @contextlib.contextmanager

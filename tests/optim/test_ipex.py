@@ -30,6 +30,15 @@ class TestWithIpex:
                 inputs = models.images(rows)
                 torch.testing.assert_close(model(*inputs), module(*inputs), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.slow
+    def test_its_torch_compile_backend_answers_as_eager(self) -> None:
+        module = models.SmallCnn().eval()
+        section = {"compile": {"backend": "ipex-compile", **KEEP}}
+        model = compile_model(module, models.images, section, batch_sizes=(1, 3), device="cpu")
+        assert set(model.report.engines().values()) == {"ipex-compile"}, model.report.all_refusals()
+        with torch.no_grad():
+            torch.testing.assert_close(model(*models.images(2)), module(*models.images(2)), rtol=1e-4, atol=1e-4)
+
     def test_outputs_keep_their_structure(self) -> None:
         module = models.Nested().eval()
         section = {"compile": {"backend": "ipex", **KEEP}}

@@ -5,49 +5,14 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 from optim import Pt2Config, compile_model
 from optim.device import inspect_device
-from optim.shapes import Example
-from optim.verify import compare
 from tests.support import models
 
 OPENVINO = inspect_device(torch.device("cpu")).capabilities["openvino"]
 needs_openvino = pytest.mark.skipif(not OPENVINO.available, reason=OPENVINO.detail)
 SECTION = {"compile": {"backend": "openvino", "only_if_faster": False}}
-
-
-@needs_openvino
-@pytest.mark.parametrize(
-    ("module", "example", "lengths"),
-    [
-        (models.Mlp(), models.features, None),
-        (models.SmallCnn(), models.images, None),
-        (models.Nested(), models.features, None),
-        (models.MaskedMean(), models.tokens, (4, 8)),
-    ],
-)
-def test_every_bucket_answers_as_eager(module: nn.Module, example: Example, lengths: tuple[int, ...] | None) -> None:
-    model = compile_model(module, example, SECTION, batch_sizes=(1, 4), lengths=lengths, device="cpu")
-    assert set(model.report.engines().values()) == {"openvino"}, model.report.all_refusals()
-    for rows in (1, 3, 4, 9):
-        inputs = example(rows, lengths[1] - 1 if lengths else None)
-        with torch.no_grad():
-            got, want = model(*inputs), module(*inputs)
-        assert type(got) is type(want)
-        assert compare(got, want).max_abs < 1e-4
-    after = model.report.after_ready
-    assert (after.compilations, after.failed_runs, after.shapes_without_bucket) == (0, 0, 0)
-
-
-@needs_openvino
-def test_an_output_survives_the_next_run() -> None:
-    model = compile_model(models.Mlp(), models.features, SECTION, batch_sizes=(2,), device="cpu")
-    first = model(*models.features(2))
-    kept = first.clone()
-    model(torch.full((2, 8), 7.0))
-    assert torch.equal(first, kept)
 
 
 @needs_openvino

@@ -1,0 +1,145 @@
+"""Engines that convert the module: OpenVINO and ONNX Runtime; and the ones that lay its memory out anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import optim.engines.openvino
+from optim import CompiledModel, compile_model
+from optim.device import inspect_device
+from optim.shapes import Example
+from optim.verify import compare
+from tests.support import models
+
+CPU = inspect_device(torch.device("cpu")).capabilities
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.skipif(not CPU[name].available, reason=CPU[name].detail))
+    for name in ("openvino", "onnxruntime")
+]
+
+
+def build(module: nn.Module, example: Example, backend: str, **more: Any) -> CompiledModel:
+    section = {"compile": {"backend": backend, "only_if_faster": False}}
+    return compile_model(module, example, section, device="cpu", **{"batch_sizes": (1, 4), **more})
+
+
+class FixedGroups(nn.Module):
+    """[B, 8] -> [B, 8]; exports for one batch size only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([row * 2 for row in x.unbind(0)]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize(
+    ("module", "example", "lengths"),
+    [
+        (models.Mlp(), models.features, None),
+        (models.SmallCnn(), models.images, None),
+        (models.Nested(), models.features, None),
+        (models.MaskedMean(), models.tokens, (4, 8)),
+    ],
+)
+def test_every_bucket_answers_as_eager(
+    module: nn.Module, example: Example, lengths: tuple[int, ...] | None, backend: str
+) -> None:
+    model = build(module.eval(), example, backend, lengths=lengths)
+    assert set(model.report.engines().values()) == {backend}, model.report.all_refusals()
+    for rows in (1, 3, 4, 9):
+        inputs = example(rows, lengths[1] - 1 if lengths else None)
+        with torch.no_grad():
+            got, want = model(*inputs), module(*inputs)
+        assert type(got) is type(want)
+        assert compare(got, want).max_abs < 1e-4
+    after = model.report.after_ready
+    assert (after.compilations, after.failed_runs, after.shapes_without_bucket) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_an_output_survives_the_next_run(backend: str) -> None:
+    model = build(models.Mlp(), models.features, backend, batch_sizes=(2,))
+    first = model(*models.features(2))
+    kept = first.clone()
+    model(torch.full((2, 8), 7.0))
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+def test_a_module_that_fixes_its_sizes_is_exported_bucket_by_bucket() -> None:
+    module = FixedGroups().eval()
+    model = build(module, models.features, "onnxruntime")
+    assert set(model.report.engines().values()) == {"onnxruntime"}, model.report.all_refusals()
+    for rows in (1, 3, 4, 5):
+        torch.testing.assert_close(model(*models.features(rows)), module(*models.features(rows)))
+
+
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+def test_exported_files_are_gone_once_the_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    module = models.Mlp().eval()
+    model = build(module, models.features, "onnxruntime")
+    assert set(model.report.engines().values()) == {"onnxruntime"}, model.report.all_refusals()
+    assert list(tmp_path.iterdir()) == []
+    torch.testing.assert_close(model(*models.features(3)), module(*models.features(3)))
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_dtype_that_numpy_has_not_is_refused(backend: str) -> None:
+    class Half(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.bfloat16()
+
+    model = build(Half(), models.features, backend)
+    assert set(model.report.engines().values()) == {"eager"}
+    assert "bfloat16" in model.report.refusals[0].message
+
+
+@pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
+def test_where_memory_is_short_buckets_share_a_model_with_free_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim.engines.openvino, "available_bytes", lambda: 0)
+    module = models.Mlp().eval()
+    model = build(module, models.features, "openvino")
+    assert set(model.report.engines().values()) == {"openvino"}, model.report.all_refusals()
+    assert "openvino: buckets 4, 1 share a model with free shapes for want of memory" in model.report.notes
+    for rows in (1, 3, 9):
+        torch.testing.assert_close(model(*models.features(rows)), module(*models.features(rows)))
+
+
+def test_channels_last_answers_as_eager() -> None:
+    module = models.SmallCnn().eval()
+    model = build(module, models.images, "channels_last")
+    assert set(model.report.engines().values()) == {"channels_last"}, model.report.all_refusals()
+    with torch.no_grad():
+        for rows in (1, 3, 5):
+            inputs = models.images(rows)
+            torch.testing.assert_close(model(*inputs), module(*inputs), rtol=1e-4, atol=1e-4)
+    assert module.conv.weight.is_contiguous()  # the caller's module stays what it was
+
+
+def test_channels_last_is_for_convolutions() -> None:
+    model = build(models.Mlp(), models.features, "channels_last")
+    assert model.report.refusals[0].message == "the module has no 2-d convolutions"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not CPU[needs].available, reason=CPU[needs].detail))
+        for name, needs in (("openvino", "openvino"), ("inductor", "cxx"))
+    ],
+)
+@pytest.mark.skipif(not CPU["bfloat16"].available, reason=CPU["bfloat16"].detail)
+def test_autocast_computes_in_bf16_and_answers_in_eagers_dtype(backend: str) -> None:
+    section = {"compile": {"backend": backend, "only_if_faster": False}, "autocast": True}
+    model = compile_model(models.SmallCnn(), models.images, section, batch_sizes=(2,), device="cpu")
+    (bucket,) = model.report.buckets
+    assert bucket.engine == backend, bucket.refusals
+    assert model(*models.images(2)).dtype == torch.float32
+    assert (bucket.max_abs_error or 0) > 1e-5
+    assert bucket.tolerance == 2e-2
