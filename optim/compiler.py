@@ -222,4 +222,5 @@ def _raise_failures(report: CompileReport) -> None:
         if bucket.engine == "eager" and not too_slow:
             reasons = "; ".join(map(str, [*report.refusals, *bucket.refusals]))
             name = Bucket(bucket.batch_size, bucket.length or 0)
-            raise CompileError(f"bucket {name} could not be compiled and fallback is 'fail': {reasons}")
+            why = "strict is set" if report.config["strict"] else "fallback is 'fail'"
+            raise CompileError(f"bucket {name} could not be compiled and {why}: {reasons}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,23 @@ class CompileCounts:
 def count_graphs() -> int:
     """Return the graphs compiled since the process started; two dictionary look-ups, so cheap enough for every call."""
     return int(_counters()["stats"]["unique_graphs"])
+
+
+def prepare_thread() -> None:
+    """Give this thread a state for CUDA graphs of its own, where it has none.
+
+    torch 2.8 has one only in the thread that first imported the module (pytorch issue 123177); later releases do this
+    themselves.
+    """
+    from torch._inductor import cudagraph_trees as trees
+
+    name = "tree_manager_containers"
+    if hasattr(trees.local, name) or torch._C._is_key_in_tls(name):
+        return
+    trees.local.tree_manager_containers = {}
+    trees.local.tree_manager_locks = defaultdict(threading.Lock)
+    torch._C._stash_obj_in_tls(name, trees.local.tree_manager_containers)
+    torch._C._stash_obj_in_tls("tree_manager_locks", trees.local.tree_manager_locks)
 
 
 def count_recordings(device: torch.device) -> int:

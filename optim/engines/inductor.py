@@ -17,7 +17,7 @@ from optim.buckets import Bucket
 from optim.config import OPTIONAL_BACKENDS
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.errors import describe
-from optim.monitor import count_compilations, graph_break_reasons
+from optim.monitor import count_compilations, graph_break_reasons, prepare_thread
 
 #: How torch words a compilation refused by the stance (it raises a plain RuntimeError).
 RECOMPILE_TEXT = "Detected recompile when torch.compile stance is 'fail_on_recompile'"
@@ -114,6 +114,8 @@ class TorchCompileEngine(Engine):
                 kwargs["mode"] = asked.mode
             if asked.options is not None:
                 kwargs["options"] = dict(asked.options)
+        if self.reuses_outputs:
+            prepare_thread()
         module = self._prepare(self.job) if self._prepare else self.job.module
         if self.job.autocast:
             module = FlatModule(module, self.job)

@@ -11,6 +11,7 @@ import torch
 import optim.builder
 from optim import Bucket, CompiledModel, compile_model
 from optim.engines.base import Engine, EngineJob, Runner
+from optim.monitor import count_recordings, prepare_thread
 from tests.support import models
 
 
@@ -118,3 +119,18 @@ def test_a_second_thread_is_refused(graphs: type[Graphs]) -> None:
     thread.join()
     assert "belong to the thread" in str(caught[0])
     check(model)
+
+
+def test_a_thread_that_did_not_import_cudagraph_trees_gets_a_state_of_its_own() -> None:
+    found: list[int] = []
+
+    def use() -> None:
+        prepare_thread()
+        prepare_thread()  # twice is once
+        found.append(count_recordings(torch.device("cuda", 0)))
+
+    count_recordings(torch.device("cuda", 0))  # imports it on this thread
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert found == [0]
