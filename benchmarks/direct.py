@@ -70,7 +70,7 @@ def against_direct(subject: Subject, threads: int) -> dict[str, Any]:
             runs: list[Runner] = [model, *(make(module, inputs, threads) for make in DIRECT.values())]
             for run in runs:
                 run(*inputs)
-            times = time_in_turn(runs, inputs, torch.device("cpu"), min_rounds=15, budget_s=3)
+            times = time_in_turn(runs, inputs, torch.device("cpu"), min_rounds=15, budget_s=5, pause_s=0.05)
             rows[str(bucket)] = {
                 "engine": engines[str(bucket)],
                 **dict(zip(["auto", *DIRECT], (round(ms, 3) for ms in times), strict=True)),

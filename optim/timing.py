@@ -24,9 +24,11 @@ def time_in_turn(
     min_rounds: int = 5,
     max_rounds: int = 20,
     budget_s: float = 0.8,
+    pause_s: float = 0.002,
 ) -> list[float]:
     """Return the median ms of each callable over rounds in which each has its turn: a few calls, or one long one.
 
+    Before a block of short calls `pause_s` is waited for the threads of the one before to come to rest.
     Rounds go on to `max_rounds`, or until `budget_s` is spent and `min_rounds` are done.
     """
     estimates = [_time(run, inputs, device) for run in runs]
@@ -39,6 +41,7 @@ def time_in_turn(
             if estimate >= _SETTLE_S:
                 taken.append(_time(run, inputs, device))
             else:
+                time.sleep(pause_s)
                 taken += [_time(run, inputs, device) for _ in range(_BLOCK)][1:]
     return [statistics.median(taken) * 1e3 for taken in seconds]
 
