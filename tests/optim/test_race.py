@@ -106,7 +106,7 @@ def test_a_crash_costs_the_engine_that_crashed() -> None:
 
 def test_what_hangs_past_the_budget_is_left_behind_and_the_rest_is_not_tried() -> None:
     module = models.Mlp().eval()
-    section = race("pt2test_faithful", "pt2test_hangs", "pt2test_wrong", budget_s=6)
+    section = race("pt2test_faithful", "pt2test_hangs", "pt2test_wrong", budget_s=15)
     model = compile_model(module, models.features, section, batch_sizes=(1,), device="cpu")
     reasons = {r.engine: (r.stage, r.message) for r in model.report.all_refusals()}
     assert "did not end within the" in reasons["pt2test_hangs"][1]
