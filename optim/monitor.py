@@ -49,8 +49,7 @@ def prepare_thread() -> None:
     name = "tree_manager_containers"
     if hasattr(trees.local, name) or torch._C._is_key_in_tls(name):
         return
-    # Not stashed in torch's own thread-local storage, as torch does for the threads of backward passes: what lies there
-    # when a thread ends is freed without the interpreter's lock, and the next garbage collection crashes (tried).
+    # Not stashed in torch's own thread-local storage as well, which is for the threads of backward passes.
     trees.local.tree_manager_containers = {}
     trees.local.tree_manager_locks = defaultdict(threading.Lock)
 

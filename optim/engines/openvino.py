@@ -79,10 +79,6 @@ class OpenVinoEngine(Engine):
 
         return run
 
-    def finish(self) -> None:
-        """Drop the converted model; compiled ones live on with what runs them."""
-        self._converted = None
-
     def close(self) -> None:
         """Drop the converted model; compiled ones go with what runs them."""
         self._converted = self._free = None
