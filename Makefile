@@ -31,11 +31,14 @@ serve: .venv/.installed
 	.venv/bin/python -m deployments.check $(CONFIG)
 	.venv/bin/serve run $(CONFIG)
 
+# optim's tests in a process of their own, which never sees Ray: as its users run it.
 test: .venv/.installed
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest tests/optim $(PYTEST_ARGS)
+	.venv/bin/python -m pytest tests/deployments tests/e2e $(PYTEST_ARGS)
 
 test-latest: .venv-latest/.installed
-	.venv-latest/bin/python -m pytest $(PYTEST_ARGS)
+	.venv-latest/bin/python -m pytest tests/optim $(PYTEST_ARGS)
+	.venv-latest/bin/python -m pytest tests/deployments tests/e2e $(PYTEST_ARGS)
 
 check: .venv/.installed
 	.venv/bin/ruff check .
