@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from optim import CompileError, CompileReport, ConfigError, ModelError, compile_model
-from optim.buckets import Bucket
 from optim.report import group_refusals
 
 
@@ -90,7 +89,7 @@ def format_report(report: CompileReport) -> str:
     for b in report.buckets:
         error = "-" if b.max_abs_error is None else f"{b.max_abs_error:.1e}"
         figures = (f"{b.ms or 0:.3g}", f"{b.eager_ms or 0:.3g}", f"{b.speedup or 0:.2f}x")
-        rows.append((str(Bucket(b.batch_size, b.length or 0)), b.engine, *figures, error))
+        rows.append((str(b.bucket), b.engine, *figures, error))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(f"{report.device['name']}, {report.device['threads']} threads, torch {report.torch_version}")

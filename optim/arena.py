@@ -7,7 +7,6 @@ OpenVINO held 1530 MB, against 950 MB of one that had never seen them (imported 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import select
@@ -30,11 +29,9 @@ from optim.buckets import Bucket
 from optim.config import OPTIONAL_BACKENDS, OWN_BACKENDS
 from optim.engines import EngineJob
 from optim.errors import describe
-from optim.race import Event, Note, Race, Round, Standing
+from optim.race import Event, Note, Race, Round, Standing, not_tried
 from optim.reference import Reference
 from optim.report import Refusal
-
-logger = logging.getLogger(__name__)
 
 #: What a race may overrun its budget by, to end a timing that has begun, seconds.
 _OVERRUN_S = 5.0
@@ -61,29 +58,22 @@ def race_apart(
             running = _Process(Path(folder), waiting, budget_s)
             turn = None
             for event in running.events():
-                if isinstance(event, str):
-                    turn = event
-                    waiting.remove(event)
-                elif isinstance(event, Refusal):
-                    standing.refusals.append(event)
-                    if event.stage == "budget" and event.engine in waiting:
-                        waiting.remove(event.engine)
-                elif isinstance(event, Round):
-                    standing.rounds.append(event)
-                else:
-                    standing.notes.append(event.text)
+                standing.take(event)
                 tell(event)
+                turn = event if isinstance(event, str) else turn
+                name = event.engine if isinstance(event, Refusal) else event
+                if name in waiting:  # it has its turn, or is said to get none
+                    waiting.remove(name)
             budget_s -= running.raced_s
             if running.finished:
                 return standing
             if turn is None:
                 raise NoArena(f"the process that was to hold the race {running.end}")
             lost = Refusal(turn, "build", None, None, f"its process {running.end}")
-            standing.refusals.append(lost)
+            standing.take(lost)
             tell(lost)
-        for name in waiting:
-            late = Refusal(name, "budget", None, None, "not tried: the race's budget was spent")
-            standing.refusals.append(late)
+        for late in map(not_tried, waiting):
+            standing.take(late)
             tell(late)
     return standing
 

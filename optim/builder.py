@@ -35,7 +35,7 @@ class Builder:
         self._job, self._reference, self._report = job, reference, report
         self._limit_s = limit_s
         self._trials: dict[str, Trial | None] = {**trials}
-        self._rows = {Bucket(b.batch_size, b.length or 0): b for b in report.buckets}
+        self._rows = {row.bucket: row for row in report.buckets}
 
     def build(self, ranking: Mapping[Bucket, Sequence[str]]) -> dict[Bucket, Lane]:
         """Return what serves each bucket: the first of its ranking that holds, else eager."""

@@ -17,12 +17,12 @@ from optim.arena import NoArena, race_apart
 from optim.attention import check_phase, kernel_of
 from optim.buckets import Bucket, make_grid
 from optim.builder import Builder
-from optim.config import Pt2Config, cache_folder_notes
-from optim.device import pick_device
+from optim.config import Pt2Config
+from optim.device import ensure_cache_folder, pick_device
 from optim.engines import EngineJob, choose_engines
 from optim.errors import CompileError
 from optim.model import CompiledModel, Lane
-from optim.race import Event, Note, Race, Round, Standing, rank
+from optim.race import Event, Race, Standing, rank
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport, Refusal, group_refusals
 from optim.shapes import Example
@@ -64,7 +64,8 @@ def compile_model(
     check_phase(phase)
     started = time.perf_counter()
     report = CompileReport(torch.__version__, {}, config.to_dict(), phase=phase, attention=kernel_of(config, phase))
-    report.notes += cache_folder_notes
+    if note := ensure_cache_folder():
+        report.notes.append(note)
     module = _unwrap(module, report).to(where)
     if module.training:
         _put_in_eval_mode(module, report)
@@ -138,19 +139,12 @@ def _race(
 
 def _tell(event: Event) -> None:
     """Log a race as it goes."""
-    if isinstance(event, str):
-        logger.info("race: %s", event)
-    elif isinstance(event, Round):
-        logger.info("race: bucket %s: %s", event.bucket, ", ".join(f"{n} {ms:.3g} ms" for n, ms in event.ms.items()))
-    elif isinstance(event, Note):
-        logger.info("race: %s", event.text)
-    else:
-        logger.info("race: %s", event)
+    logger.info("race: %s", event)
 
 
 def _take_down(standing: Standing, report: CompileReport) -> None:
     """Write a race into the report."""
-    rows = {Bucket(b.batch_size, b.length or 0): b for b in report.buckets}
+    rows = {row.bucket: row for row in report.buckets}
     for refusal in standing.refusals:
         row = next((row for bucket, row in rows.items() if str(bucket) == refusal.bucket), None)
         (report.refusals if row is None else row.refusals).append(refusal)
@@ -206,7 +200,7 @@ def _announce(report: CompileReport) -> None:
     eager = [b for b in report.buckets if b.engine == "eager"]
     if eager and report.candidates:
         reasons = [*report.refusals, *(refusal for b in eager for refusal in b.refusals)]
-        names = ", ".join(str(Bucket(b.batch_size, b.length or 0)) for b in eager)
+        names = ", ".join(str(b.bucket) for b in eager)
         why = "; ".join(group_refusals(reasons)) or "no engine was more than 5 % faster"
         logger.warning("buckets %s are served eager: %s", names, why)
     elif report.all_refusals():
@@ -221,6 +215,5 @@ def _raise_failures(report: CompileReport) -> None:
         too_slow = any(refusal.stage == "time" for refusal in bucket.refusals) or any(len(r) > 1 for r in bucket.race)
         if bucket.engine == "eager" and not too_slow:
             reasons = "; ".join(map(str, [*report.refusals, *bucket.refusals]))
-            name = Bucket(bucket.batch_size, bucket.length or 0)
             why = "strict is set" if report.config["strict"] else "fallback is 'fail'"
-            raise CompileError(f"bucket {name} could not be compiled and {why}: {reasons}")
+            raise CompileError(f"bucket {bucket.bucket} could not be compiled and {why}: {reasons}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -14,11 +13,6 @@ import torch
 from optim.device import ensure_cache_folder
 from optim.errors import ConfigError
 from optim.strict import read_section
-
-logger = logging.getLogger(__name__)
-
-#: What had to be done about Inductor's cache folder in this process, for reports.
-cache_folder_notes: list[str] = []
 
 #: Names for `compile.backend` that are ours: measured choice, no compilation, channels_last without compilation, IPEX
 #: traced or through torch.compile, OpenVINO and ONNX Runtime converted, Inductor as the race varies it, AOTInductor.
@@ -154,7 +148,7 @@ class Pt2Config:
         Forms: nothing; a backend's name; a flat mapping of torch.compile arguments; `{compile: {...}}`;
         `{export: {aot_compile: true}}`. Raises ConfigError naming key, value and what is allowed.
         """
-        _make_dynamo_importable()
+        ensure_cache_folder()  # the lists of backends and options are Dynamo's
         if isinstance(section, Pt2Config):
             return section
         if section is None:
@@ -170,14 +164,6 @@ class Pt2Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the whole section as plain data."""
         return asdict(self)
-
-
-def _make_dynamo_importable() -> None:
-    """Prepare for the lists of backends and options, which are Dynamo's."""
-    done = ensure_cache_folder()
-    if done:
-        logger.warning(done)
-        cache_folder_notes.append(done)
 
 
 def _unflatten(section: Mapping[Any, Any]) -> dict[Any, Any]:

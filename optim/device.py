@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import getpass
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ import sysconfig
 import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 
 from optim.errors import describe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,15 @@ def inspect_device(device: torch.device) -> DeviceInfo:
         "ipex": _find_ipex(device),
         "openvino": _find_distribution("openvino"),
         "onnxruntime": _find_onnxruntime(),
+        "tensorrt": _find_distribution("torch-tensorrt"),
         "bfloat16": _find_bfloat16(device),
     }
     return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
 
 
+@cache
 def ensure_cache_folder() -> str | None:
-    """See to it that Inductor can write its cache; return what was done, if something had to be.
+    """See to it, once a process, that Inductor can write its cache; return what was done, if something had to be.
 
     From torch 2.13 on, Dynamo cannot even be imported where it cannot. Then this process, and those that it starts, use
     a folder of their own for as long as they live.
@@ -99,7 +105,9 @@ def ensure_cache_folder() -> str | None:
         own = tempfile.mkdtemp(prefix="pt2-inductor-")
         atexit.register(shutil.rmtree, own, ignore_errors=True)
         os.environ[key] = own
-        return f"Inductor's cache folder {folder} cannot be written ({error.strerror}); {own} is used instead"
+        note = f"Inductor's cache folder {folder} cannot be written ({error.strerror}); {own} is used instead"
+        logger.warning(note)
+        return note
 
 
 def _user_name() -> str:

@@ -62,20 +62,19 @@ class CompiledModel:
         self._module = module
         self._lanes = dict(lanes)
         self._lengths = sorted({bucket.length for bucket in lanes})
-        self._ms = {Bucket(b.batch_size, b.length or 0): b.ms or 0.0 for b in report.buckets}
+        self._ms = {b.bucket: b.ms or 0.0 for b in report.buckets}
         self._owner = threading.get_ident()
         self._bound_to_thread = any(lane.engine.reuses_outputs for lane in lanes.values())
         self._records = self._bound_to_thread and device.type == "cuda"
-        self._plain = not strict and all(lane.engine.name == "eager" for lane in lanes.values())
         self._compiled = any(lane.engine.name != "eager" for lane in lanes.values())
+        self._plain = not (self._compiled or strict)
         self._strict = strict
         self._takes_any_size = any(lane.engine.takes_any_size for lane in lanes.values())
-        self._exact = {_shapes(inputs): bucket for bucket, inputs in samples.items()}
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
         #: Inputs of exactly a bucket's shapes need no measuring, unless several runs cost less than its own.
         self._direct = {
-            shapes: bucket
-            for shapes, bucket in self._exact.items()
+            _shapes(inputs): bucket
+            for bucket, inputs in samples.items()
             if not report.padding or self._plan(bucket.batch_size, bucket.length) == (bucket.batch_size,)
         }
 

@@ -53,12 +53,18 @@ class Round:
     bucket: Bucket
     ms: Mapping[str, float]
 
+    def __str__(self) -> str:
+        return f"bucket {self.bucket}: {', '.join(f'{name} {ms:.3g} ms' for name, ms in self.ms.items())}"
+
 
 @dataclass(frozen=True)
 class Note:
     """Something worth knowing about an engine's code that is no refusal."""
 
     text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 Event = str | Round | Refusal | Note
@@ -72,6 +78,21 @@ class Standing:
     rounds: list[Round] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def take(self, event: Event) -> None:
+        """Take down what a race tells; that an engine's turn begins is no finding."""
+        if isinstance(event, Round):
+            self.rounds.append(event)
+        elif isinstance(event, Refusal):
+            self.refusals.append(event)
+        elif isinstance(event, Note):
+            self.notes.append(event.text)
+
+
+def not_tried(name: str, bucket: Bucket | None = None) -> Refusal:
+    """Return that the budget was spent before an engine, or one of its buckets, had its turn."""
+    where = None if bucket is None else str(bucket)
+    return Refusal(name, "budget", where, None, "not tried: the race's budget was spent")
 
 
 def rank(rounds: Sequence[Round], *, keep_eager: bool = True) -> dict[Bucket, list[str]]:
@@ -157,19 +178,19 @@ class Race:
         for name in self._names:
             left = self._deadline - time.monotonic()
             if left <= 0:
-                self._refuse(Refusal(name, "budget", None, None, "not tried: the race's budget was spent"))
+                self._report(not_tried(name))
                 continue
             if name in VARIANTS and self._inductor_is_behind >= FAR_BEHIND:
                 message = f"not tried: inductor was {self._inductor_is_behind:.2f} times as slow as the best"
-                self._refuse(Refusal(name, "time", None, None, message))
+                self._report(Refusal(name, "time", None, None, message))
                 continue
-            self._tell(name)
+            self._report(name)
             try:
                 self._try_engine(name, left)
             except (MemoryError, RuntimeError) as error:
                 if not is_device_error(error) or not self._expendable:
                     raise
-                self._refuse(Refusal.of(name, "warm-up", None, error))
+                self._report(Refusal.of(name, "warm-up", None, error))
                 self._drop(name)
             self._drop_losers()
         return self.standing
@@ -178,7 +199,7 @@ class Race:
         trial = Trial(make_engine(name, self._job), self._reference, limit_s)
         refusal = trial.prepare()
         if refusal:
-            self._refuse(refusal)
+            self._report(refusal)
             return
         self.trials[name] = trial
         # The largest first: with CUDA graphs, the smaller ones then share its memory. Then the smallest: slow at both
@@ -189,14 +210,14 @@ class Race:
         for done, bucket in enumerate([buckets[0], *reversed(buckets[1:])]):
             if done >= 2 and len(hopeless) == 2:
                 message = f"not built: it was {' and '.join(hopeless)}"
-                self._refuse(Refusal(name, "time", str(bucket), None, message))
+                self._report(Refusal(name, "time", str(bucket), None, message))
                 continue
             if time.monotonic() > self._deadline:
-                self._refuse(Refusal(name, "budget", str(bucket), None, "not tried: the race's budget was spent"))
+                self._report(not_tried(name, bucket))
                 continue
             trial.limit_s = max(self._deadline - time.monotonic(), 1.0)
             for refusal in trial.prove(bucket).values():
-                self._refuse(refusal)
+                self._report(refusal)
             if bucket not in trial.proven:
                 continue
             slower = self._time(bucket, name)
@@ -206,8 +227,7 @@ class Race:
         if name == "inductor" and behind:
             self._inductor_is_behind = min(behind)
         for note in trial.engine.notes():
-            self.standing.notes.append(note)
-            self._tell(Note(note))
+            self._report(Note(note))
 
     def _time(self, bucket: Bucket, newcomer: str = "") -> float:
         """Time what is in the race on a bucket, a newcomer with it; return its ms over the best of the others."""
@@ -218,8 +238,7 @@ class Race:
         times = time_in_turn(runs, self._reference.samples[bucket], self._job.info.device)
         ms = dict(zip(names, times, strict=True))
         found = Round(bucket, {name: round(value, 4) for name, value in ms.items()})
-        self.standing.rounds.append(found)
-        self._tell(found)
+        self._report(found)
         best = min(times)
         self._in_race[bucket] = [name for name in names if ms[name] <= best * CLOSE]
         return ms[newcomer] / min(ms[name] for name in racing) if newcomer else 1.0
@@ -230,9 +249,9 @@ class Race:
         trial = self.trials[name]
         return serving(trial.engine, trial.proven[bucket].run)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self.standing.refusals.append(refusal)
-        self._tell(refusal)
+    def _report(self, event: Event) -> None:
+        self.standing.take(event)
+        self._tell(event)
 
     def _drop_losers(self) -> None:
         racing = {name for names in self._in_race.values() for name in names}

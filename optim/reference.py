@@ -34,6 +34,7 @@ class Reference:
         self.obstacle: str | None = None
         #: Every example seen so far, those of other sizes than the buckets' included.
         self._seen: dict[Bucket, Inputs] = {}
+        self._probed: dict[Bucket, Inputs | None] = {}
         self.samples: dict[Bucket, Inputs] = {bucket: self._make_sample(bucket) for bucket in grid}
         self.input_specs: tuple[TensorSpec, ...] = ()
         self.output_specs: tuple[TensorSpec, ...] = ()
@@ -121,10 +122,17 @@ class Reference:
 
     def probe(self, bucket: Bucket) -> Inputs | None:
         """Return an example of another size than the declared ones, or None where example or module refuse it."""
+        if bucket not in self._probed:
+            self._probed[bucket] = self._try(bucket, run=True)
+        return self._probed[bucket]
+
+    def _try(self, size: Bucket, *, run: bool) -> Inputs | None:
+        """Return an example of a size, or None where it, or eager on it, fails: neither has to know every size."""
         try:
-            inputs = self._seen.get(bucket) or self._make_sample(bucket)
-            self.run(inputs)
-        except Exception as error:  # neither has to know this size
+            inputs = self._seen.get(size) or self._make_sample(size)
+            if run:
+                self.run(inputs)
+        except Exception as error:
             if is_device_error(error):
                 raise
             return None
@@ -146,7 +154,7 @@ class Reference:
         """Return every example that verification will ask for, by size; `probes` includes those of `probes`."""
         for bucket in self.samples:
             if bucket.length > 1:
-                self.probe(Bucket(bucket.batch_size, bucket.length // 2))
+                self._try(Bucket(bucket.batch_size, bucket.length // 2), run=False)
             if probes:
                 self.probes(bucket)
         return dict(self._seen)

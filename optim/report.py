@@ -53,6 +53,11 @@ class BucketReport:
     """Median ms by engine, one mapping for every round of the race: the engines of a round were timed in turn."""
     refusals: list[Refusal] = field(default_factory=list)
 
+    @property
+    def bucket(self) -> Bucket:
+        """The bucket that this row is about."""
+        return Bucket(self.batch_size, self.length or 0)
+
 
 @dataclass
 class AfterReady:
@@ -97,7 +102,7 @@ class CompileReport:
 
     def engines(self) -> dict[str, str]:
         """Return the engine of every bucket, by the bucket's name."""
-        return {str(Bucket(b.batch_size, b.length or 0)): b.engine for b in self.buckets}
+        return {str(b.bucket): b.engine for b in self.buckets}
 
     def all_refusals(self) -> list[Refusal]:
         """Return every refusal, those of single buckets included."""

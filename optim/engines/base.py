@@ -111,6 +111,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of everything that was built: the engine serves nothing."""
+        self.finish()
 
     def notes(self) -> list[str]:
         """Return what is worth knowing about the code once all buckets are done."""

@@ -93,29 +93,20 @@ def choose_engines(job: EngineJob) -> Choice:
 
 
 def _all_engines(job: EngineJob, *, on_cpu: bool) -> list[str]:
-    capabilities = job.info.capabilities
-    names = list(_CPU_ORDER if on_cpu else _GPU_ORDER)
-    if not job.config.compile.freeze:
-        names.remove("inductor-unfrozen") if on_cpu else None
     # What is not installed is no candidate; what is installed and cannot be used is one that is refused.
-    absent = {"openvino": "openvino", "onnxruntime": "onnxruntime", "ipex": "ipex", "ipex-compile": "ipex"}
-    names = [n for n in names if n not in absent or capabilities[absent[n]].available]
-    if not _installed("torch-tensorrt"):
-        names = [n for n in names if n != "tensorrt"]
-    known = {*_MAKERS, "openvino", "ipex", "tensorrt", "torch_tensorrt"}
-    others = [e.name for e in importlib.metadata.entry_points(group="torch_dynamo_backends")]
-    return [*names, *sorted({*others} - known)]
+    needs = {**{name: name for name in ("openvino", "onnxruntime", "ipex", "tensorrt")}, "ipex-compile": "ipex"}
+    capabilities = job.info.capabilities
+    names = [
+        name
+        for name in (_CPU_ORDER if on_cpu else _GPU_ORDER)
+        if (name not in needs or capabilities[needs[name]].available)
+        and (name != "inductor-unfrozen" or job.config.compile.freeze)
+    ]
+    others = {entry.name for entry in importlib.metadata.entry_points(group="torch_dynamo_backends")}
+    return [*names, *sorted(others - {*_MAKERS, "tensorrt", "torch_tensorrt"})]
 
 
 def _only_compile(job: EngineJob) -> str | None:
     asked = job.config.compile
     settings = {"options": asked.options is not None, "dynamic": bool(asked.dynamic), "fullgraph": asked.fullgraph}
     return next((key for key, is_set in settings.items() if is_set), None)
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

@@ -188,7 +188,7 @@ class TorchCompileEngine(Engine):
         return torch.compiler.set_stance("fail_on_recompile")  # type: ignore[no-any-return]
 
     def check_warm(self, bucket: Bucket) -> None:
-        """Raise where Dynamo compiled nothing, or CUDA graphs were asked for and skipped."""
+        """Raise where Dynamo compiled nothing."""
         seen = count_compilations() - self._before
         if seen.graphs == 0:
             raise Unavailable(

@@ -121,10 +121,6 @@ class OnnxRuntimeEngine(Engine):
         """Remove the exported files: sessions hold what they need of them."""
         self._clean_up()
 
-    def close(self) -> None:
-        """Remove the exported files; sessions go with what runs them."""
-        self._clean_up()
-
     def _path(self, name: str) -> Path:
         assert self._folder is not None, "build() comes first"
         return self._folder / f"{name}.onnx"
