@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from optim import Bucket, CompileError, compile_model
+from optim import Bucket, CompiledModel, CompileError, compile_model
 from optim.trial import Trial
 from tests.support import models
+from tests.support.threads import error_in_another_thread
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,6 +21,13 @@ pytestmark = [
 ]
 
 GRAPHS = {"compile": {"backend": "inductor", "mode": "reduce-overhead", "only_if_faster": False}}
+
+
+def equal_to_eager(model: CompiledModel, sizes: Iterable[int]) -> None:
+    for rows in sizes:
+        inputs = models.features(rows)
+        with torch.no_grad():
+            torch.testing.assert_close(model(*inputs), model.module(*(t.cuda() for t in inputs)), rtol=1e-3, atol=1e-3)
 
 
 class Layer(nn.Module):
@@ -69,10 +77,7 @@ def test_auto_races_inductors_variants_here() -> None:
     assert model.report.candidates[:2] == ["inductor", "inductor-default"]
     assert set(model.report.engines().values()) <= set(model.report.candidates), model.report.all_refusals()
     assert {"eager", "inductor", "inductor-default"} <= {name for ms in model.report.buckets[0].race for name in ms}
-    for rows in (1, 3, 8, 11):
-        inputs = models.features(rows)
-        with torch.no_grad():
-            torch.testing.assert_close(model(*inputs), model.module(*(t.cuda() for t in inputs)), rtol=1e-3, atol=1e-3)
+    equal_to_eager(model, (1, 3, 8, 11))
     assert model.report.after_ready.graph_recordings == 0
 
 
@@ -130,10 +135,7 @@ def test_a_capture_that_runs_out_of_memory_is_retried_with_fewer_buckets(monkeyp
     model = compile_model(models.Mlp(), models.features, GRAPHS, device="cuda")
     assert model.report.engines() == {"1": "inductor", "2": "inductor", "4": "inductor", "8": "eager"}
     assert "capturing ran out of memory at bucket 8" in model.report.buckets[3].refusals[0].message
-    for rows in (1, 4, 8, 9):
-        inputs = models.features(rows)
-        with torch.no_grad():
-            torch.testing.assert_close(model(*inputs), model.module(*(t.cuda() for t in inputs)), rtol=1e-3, atol=1e-3)
+    equal_to_eager(model, (1, 4, 8, 9))
     assert model.report.after_ready.graph_recordings == 0
 
 
@@ -168,15 +170,4 @@ def test_an_output_survives_the_next_replay() -> None:
 
 def test_a_second_thread_is_refused() -> None:
     model = compile_model(models.Mlp(), models.features, GRAPHS, batch_sizes=(4,), device="cuda")
-    caught: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            model(*models.features(4))
-        except RuntimeError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    assert "belong to the thread" in str(caught[0])
+    assert "belong to the thread" in str(error_in_another_thread(lambda: model(*models.features(4))))

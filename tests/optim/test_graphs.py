@@ -13,6 +13,7 @@ from optim import Bucket, CompiledModel, compile_model
 from optim.engines.base import Engine, EngineJob, Runner
 from optim.monitor import count_recordings, prepare_thread
 from tests.support import models
+from tests.support.threads import error_in_another_thread
 
 
 class Graphs(Engine):
@@ -106,18 +107,7 @@ def test_outputs_are_copied(graphs: type[Graphs]) -> None:
 def test_a_second_thread_is_refused(graphs: type[Graphs]) -> None:
     graphs.capacity = 15
     model = build()
-    caught: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            model(*models.features(4))
-        except RuntimeError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    assert "belong to the thread" in str(caught[0])
+    assert "belong to the thread" in str(error_in_another_thread(lambda: model(*models.features(4))))
     check(model)
 
 

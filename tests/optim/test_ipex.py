@@ -20,24 +20,16 @@ KEEP = {"only_if_faster": False}
 class TestWithIpex:
     pytestmark = needs_ipex
 
-    def test_every_bucket_answers_as_eager(self) -> None:
+    @pytest.mark.parametrize("backend", ["ipex", pytest.param("ipex-compile", marks=pytest.mark.slow)])
+    def test_every_bucket_answers_as_eager(self, backend: str) -> None:
         module = models.SmallCnn().eval()
-        section = {"compile": {"backend": "ipex", **KEEP}}
+        section = {"compile": {"backend": backend, **KEEP}}
         model = compile_model(module, models.images, section, batch_sizes=(1, 3), device="cpu")
-        assert set(model.report.engines().values()) == {"ipex"}, model.report.all_refusals()
+        assert set(model.report.engines().values()) == {backend}, model.report.all_refusals()
         with torch.no_grad():
             for rows in (1, 2, 3, 7):
                 inputs = models.images(rows)
                 torch.testing.assert_close(model(*inputs), module(*inputs), rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.slow
-    def test_its_torch_compile_backend_answers_as_eager(self) -> None:
-        module = models.SmallCnn().eval()
-        section = {"compile": {"backend": "ipex-compile", **KEEP}}
-        model = compile_model(module, models.images, section, batch_sizes=(1, 3), device="cpu")
-        assert set(model.report.engines().values()) == {"ipex-compile"}, model.report.all_refusals()
-        with torch.no_grad():
-            torch.testing.assert_close(model(*models.images(2)), module(*models.images(2)), rtol=1e-4, atol=1e-4)
 
     def test_outputs_keep_their_structure(self) -> None:
         module = models.Nested().eval()
