@@ -28,8 +28,7 @@ install-latest: .venv-latest/.installed
 	touch $@
 
 serve: .venv/.installed
-	.venv/bin/python -m deployments.check $(CONFIG)
-	.venv/bin/serve run $(CONFIG)
+	.venv/bin/python -m deployments.run $(CONFIG)
 
 # optim's tests in a process of their own, which never sees Ray: as its users run it.
 test: .venv/.installed
@@ -56,10 +55,10 @@ bench-engines: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.engines --threads 2 --plot benchmarks/engines.png
 	.venv/bin/python -W ignore -m benchmarks.engines --threads 1 --models efficientnet-lite0
 
-bench-serving: .venv/.installed
+bench-serving: .venv/.bench-installed
 	.venv/bin/python -m benchmarks.serving
 
-# The text model and the plots, for benchmarks alone.
+# What benchmarks alone need.
 .venv/.bench-installed: .venv/.installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/main.txt --editable '.[bench]'
 	touch $@

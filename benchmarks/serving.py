@@ -1,92 +1,170 @@
-"""Requests a second over HTTP, compiled against eager under the same server: python -m benchmarks.serving.
+"""Requests a second over HTTP against what people run without us: python -m benchmarks.serving photos texts.
 
-Starts Ray once for each variant, in turn and twice over, with one replica; a closed loop of clients sends the sample
-photo. The eager baseline is the same deployment with `compile: {enable: false}`, so the ratio is the compiler's alone.
+Every server has one replica or worker, eager or ours, with the same threads; each starts anew for every round, in turn.
+Every reply is compared with eager's. The clients run on the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
-import logging
+import io
+import json
+import random
 import statistics
-import threading
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray import serve
+import torch
+from PIL import Image
 
+from benchmarks.baselines import SERVABLES, Eager
+from benchmarks.load import Load, closed_loop, open_loop
 from benchmarks.machine import describe_machine
-from deployments.app import build
+from benchmarks.servers import PORT, ROOT, Server, serve_run, start
 
-PHOTO = (Path(__file__).parents[1] / "examples" / "cat.jpg").read_bytes()
-VARIANTS: dict[str, Any] = {"eager": {"compile": {"enable": False}}, "compiled": {"compile": {"enable": True}}}
-PORT = 8311
-
-
-def run_clients(clients: int, seconds: float) -> tuple[float, float]:
-    """Return requests a second and the median latency in ms; raises where a request fails."""
-    taken: list[float] = []
-    failed: list[int] = []
-    end = time.perf_counter() + seconds
-
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
-        while time.perf_counter() < end:
-            begin = time.perf_counter()
-            connection.request("POST", "/predictions/image-classifier", PHOTO)
-            reply = connection.getresponse()
-            reply.read()
-            taken.append(time.perf_counter() - begin)
-            if reply.status != 200:
-                failed.append(reply.status)
-        connection.close()
-
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise RuntimeError(f"{len(failed)} requests failed: {set(failed)}")
-    return len(taken) / seconds, statistics.median(taken) * 1e3
+OURS = "pt2-serve"
+_SENTENCE = "the cat sat on a mat and looked at two large dogs that did not care about it in any way at all"
 
 
-def measure(pt2: Any, threads: int, client_counts: list[int], seconds: float) -> list[tuple[float, float]]:
-    """Serve the model with one `pt2` section and measure it at every number of clients."""
-    ray.init(num_cpus=threads, namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        app = build({"model": "deployments.vision:ImageClassifier", "pt2": pt2, "threads": threads})
-        serve.run(app, name="bench", route_prefix="/")
-        run_clients(4, 2.0)
-        return [run_clients(clients, seconds) for clients in client_counts]
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+@dataclass
+class Workload:
+    """Requests, and what eager answers to them."""
+
+    name: str
+    payloads: list[bytes]
+    answers: list[Any]
+
+    @classmethod
+    def make(cls, name: str) -> Workload:
+        """Make the requests, and ask eager."""
+        payloads = make_photos() if name == "photos" else make_texts()
+        eager = Eager(name, torch.get_num_threads())
+        return cls(name, payloads, [eager([payload])[0] for payload in payloads])
+
+    def check(self, index: int, body: bytes) -> bool:
+        """Say whether a reply is eager's, up to 1e-3."""
+        want, found = self.answers[index], json.loads(body)
+        if isinstance(want, dict):
+            same: bool = next(iter(want)) == next(iter(found)) and set(want) == set(found)
+            return same and all(abs(want[key] - found[key]) < 1e-3 for key in want)
+        return len(want) == len(found) and all(abs(a - b) < 1e-3 for a, b in zip(want, found, strict=True))
+
+
+def make_photos() -> list[bytes]:
+    """Return the sample photo in sixteen other views, as JPEG of about its size."""
+    cat = Image.open(ROOT / "examples" / "cat.jpg").convert("RGB")
+    payloads = []
+    for turn in range(16):
+        buffer = io.BytesIO()
+        cat.rotate(3 * turn - 24).save(buffer, "JPEG", quality=90)
+        payloads.append(buffer.getvalue())
+    return payloads
+
+
+def make_texts() -> list[bytes]:
+    """Return 128 texts of 5 to 200 tokens, every length as likely as another."""
+    dice = random.Random(5)
+    words = _SENTENCE.split()
+    return [" ".join(dice.choices(words, k=dice.randint(3, 198))).encode() for _ in range(128)]
+
+
+def make_servers(workload: str, threads: int, budget_s: float) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """Return what starts each server; it yields the server and the path to post to."""
+    model = SERVABLES[workload]
+
+    @contextmanager
+    def plain() -> Iterator[tuple[Server, str]]:
+        application = {
+            "import_path": "benchmarks.baselines:plain_ray_serve",
+            "args": {"workload": workload, "threads": threads},
+        }
+        with serve_run(application, plain=True) as server:
+            yield server, "/"
+
+    @contextmanager
+    def unbatched() -> Iterator[tuple[Server, str]]:
+        options = [workload, "--threads", str(threads), "--port", str(PORT)]
+        with start(["-m", "benchmarks.baselines", *options]) as server:
+            yield server, "/"
+
+    @contextmanager
+    def ours() -> Iterator[tuple[Server, str]]:
+        application = {
+            "import_path": "deployments.app:build",
+            "args": {
+                "model": f"{model.__module__}:{model.__name__}",
+                "name": "bench",
+                "threads": threads,
+                "pt2": {"tune": {"budget_s": budget_s}},
+            },
+        }
+        with serve_run(application) as server:
+            yield server, "/predictions/bench"
+
+    return {"Ray Serve, eager, `@serve.batch`": plain, "Starlette, eager, unbatched": unbatched, OURS: ours}
+
+
+def measure(workload: Workload, server: Server, path: str, options: argparse.Namespace) -> list[tuple[Load, float]]:
+    """Return what each number of clients found, and the server's CPU ms a request."""
+    server.wait(path, workload.payloads[0])
+    closed_loop(PORT, path, workload.payloads, workload.check, 4, 3.0)
+    found = []
+    for clients in options.clients:
+        before = server.cpu_s()
+        load = closed_loop(PORT, path, workload.payloads, workload.check, clients, options.seconds)
+        found.append((load, (server.cpu_s() - before) / max(len(load.taken), 1) * 1e3))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("workloads", nargs="*", choices=[*SERVABLES, []], default=list(SERVABLES))
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--budget-s", type=float, default=30.0)
     options = parser.parse_args()
-    found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in VARIANTS}
-    for _ in range(options.rounds):
-        for name, pt2 in VARIANTS.items():
-            found[name].append(measure(pt2, options.threads, options.clients, options.seconds))
-    print(f"\nPhotos over HTTP, one replica, its model on {options.threads} threads. {describe_machine()}\n")
-    print("| clients | " + " | ".join(f"{name}: requests/s (p50 ms)" for name in VARIANTS) + " | ratio |")
-    print("|---|" + "---|" * (len(VARIANTS) + 1))
-    for i, clients in enumerate(options.clients):
-        rates = {name: statistics.median(r[i][0] for r in rounds) for name, rounds in found.items()}
-        waits = {name: statistics.median(r[i][1] for r in rounds) for name, rounds in found.items()}
-        cells = " | ".join(f"{rates[name]:.1f} ({waits[name]:.0f})" for name in VARIANTS)
-        print(f"| {clients} | {cells} | **{rates['compiled'] / rates['eager']:.2f}x** |")
+    print(f"One replica or worker, {options.threads} threads. {describe_machine()}", flush=True)
+    for name in options.workloads:
+        workload = Workload.make(name)
+        servers = make_servers(name, options.threads, options.budget_s)
+        found: dict[str, list[list[tuple[Load, float]]]] = {server: [] for server in servers}
+        tails = []
+        for _ in range(options.rounds):
+            for system, begin in servers.items():
+                with begin() as (server, path):
+                    found[system].append(measure(workload, server, path, options))
+                    if system == OURS:
+                        rate = 0.8 * found[system][-1][-1][0].rate
+                        tails.append((rate, open_loop(PORT, path, workload.payloads, workload.check, rate, 20)))
+        print_table(workload, found, options.clients)
+        for rate, tail in tails:
+            bad = f"{len(tail.failed)} failed, {tail.wrong} wrong"
+            ratio = tail.ms(99) / tail.ms(50)
+            print(f"at {rate:.1f}/s (80 %): p50 {tail.ms(50):.0f} ms, p99 {tail.ms(99):.0f} ms, {ratio:.2f}; {bad}")
+
+
+def print_table(workload: Workload, found: dict[str, list[list[tuple[Load, float]]]], clients: list[int]) -> None:
+    """Print requests a second by server and clients: medians of the rounds, and how often ours is the other's."""
+    rates = {
+        system: [statistics.median(r[i][0].rate for r in rounds) for i in range(len(clients))]
+        for system, rounds in found.items()
+    }
+    print(f"\n{workload.name}: requests/s (p50 ms; CPU ms a request), and what {OURS} is times that\n")
+    print("| server | " + " | ".join(f"{n} clients" for n in clients) + " | failed / wrong |")
+    print("|---|" + "---|" * (len(clients) + 1))
+    for system, rounds in found.items():
+        cells = []
+        for i in range(len(clients)):
+            p50 = statistics.median(r[i][0].ms(50) for r in rounds)
+            cpu = statistics.median(r[i][1] for r in rounds)
+            ratio = "" if system == OURS else f" **{rates[OURS][i] / rates[system][i]:.2f}x**"
+            cells.append(f"{rates[system][i]:.1f} ({p50:.0f}; {cpu:.0f}){ratio}")
+        bad = f"{sum(len(c[0].failed) for r in rounds for c in r)} / {sum(c[0].wrong for r in rounds for c in r)}"
+        print(f"| {system} | {' | '.join(cells)} | {bad} |", flush=True)
 
 
 if __name__ == "__main__":

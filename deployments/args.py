@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from deployments.servable import Servable
 from optim.buckets import make_grid
@@ -22,11 +22,18 @@ class BatchingArgs:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     """Rows of the compiled buckets; batches are covered by them at the least measured cost."""
     lengths: list[int] | None = None
-    """Lengths of the compiled buckets, for models whose inputs vary in length; default none."""
+    """Lengths of the compiled buckets, for models whose inputs vary in length; default the servable's, else none."""
+    token_budget: int | None = None
+    """Most tokens (rows x length) of a bucket of several rows; default 128 on a CPU, no limit on a GPU."""
     wait_ms: float = 0.0
     """How long `@serve.batch` waits for more requests; waiting ones merge on the model thread anyway. Default 0."""
     max_queue: int = 64
     """Rows a replica holds, waiting and running, before it answers 503 with Retry-After. Default 64."""
+
+    def token_budget_on(self, device: str) -> int | None:
+        """Return the token budget for a kind of device."""
+        # On a CPU eight texts of 64 tokens take seven times as long as one, and every bucket takes memory.
+        return self.token_budget or (128 if device == "cpu" else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,30 @@ class LimitsArgs:
     """Largest request body; more is answered 413 before it is read. Default 16 MiB."""
     rows: int = 64
     """Most rows in one request of a tensor protocol. Default 64."""
+    bytes_in_flight: int = 256 * 1024 * 1024
+    """Bodies and tensors a replica holds before it answers 503 with Retry-After. Default 256 MiB."""
+    timeout_s: float | None = None
+    """Seconds a request may take before it is answered 408; `x-request-timeout-seconds` replaces it. Default none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserConfig:
+    """What Ray Serve's `user_config` of the deployment may change while it runs; what is left out is as in `args`."""
+
+    wait_ms: float | None = None
+    """`batching.wait_ms`."""
+    max_queue: int | None = None
+    """`batching.max_queue`; not more than there, since `max_ongoing_requests` is derived from it."""
+    body_bytes: int | None = None
+    """`limits.body_bytes`."""
+    rows: int | None = None
+    """`limits.rows`."""
+    bytes_in_flight: int | None = None
+    """`limits.bytes_in_flight`."""
+    timeout_s: float | None = None
+    """`limits.timeout_s`."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
+    """How much `optim` and `deployments` log; default Ray Serve's own level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +103,47 @@ class ModelArgs:
         servable_class = find_servable(args["model"])
         parsed = read_section("args", rest, cls, given={"pt2": lambda: Pt2Config.parse(args.get("pt2"))})
         _check(parsed)
-        _make_servable(servable_class, parsed.model_args)
+        servable = _make_servable(servable_class, parsed.model_args)
+        if parsed.batching.lengths is None and servable.default_lengths:
+            parsed = replace(parsed, batching=replace(parsed.batching, lengths=list(servable.default_lengths)))
         return replace(parsed, name=parsed.name or _kebab(servable_class.__name__))
+
+    def with_user_config(self, user_config: Any) -> tuple[ModelArgs, str | None]:
+        """Return these args as a `user_config` changes them, and the log level; ConfigError for what it must not."""
+        changes = read_section("user_config", user_config, UserConfig)
+        most = self.batching.max_queue
+        if changes.max_queue is not None and changes.max_queue > most:
+            raise ConfigError("user_config.max_queue", changes.max_queue, f"use {most} (batching.max_queue) or less")
+        given = {key: value for key, value in asdict(changes).items() if value is not None and key != "log_level"}
+        batching = {key: value for key, value in given.items() if key in ("wait_ms", "max_queue")}
+        limits = {key: value for key, value in given.items() if key not in batching}
+        changed = replace(self, batching=replace(self.batching, **batching), limits=replace(self.limits, **limits))
+        _check(changed)
+        return changed, changes.log_level
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """Ray Serve's limit for a replica: more than the queue, so that what is over is answered 503 at once."""
+        return self.batching.max_queue + EXTRA_REQUESTS
+
+    def check_max_ongoing_requests(self, value: int) -> None:
+        """Raise ConfigError where Ray Serve's limit would keep the queue, or a bucket, from filling."""
+        least = self.batching.max_queue + 1
+        if value < least:
+            raise ConfigError(
+                "max_ongoing_requests",
+                value,
+                f"leave it out ({self.max_ongoing_requests} is derived from batching.max_queue), or use {least} or "
+                "more: below, requests wait in Ray's router, where they fill no batch and are not answered 503",
+            )
 
     def make_servable(self) -> Servable:
         """Return a new instance of the servable."""
         return _make_servable(find_servable(self.model), self.model_args)
+
+
+#: Requests on top of the queue that a replica takes at once: health checks, metadata, and those answered 503.
+EXTRA_REQUESTS = 64
 
 
 def find_servable(path: Any) -> type[Servable]:
@@ -116,7 +182,7 @@ def _make_servable(servable_class: type[Servable], model_args: Mapping[str, Any]
 
 
 def _check(args: ModelArgs) -> None:
-    make_grid(args.batching.batch_sizes, args.batching.lengths)
+    make_grid(args.batching.batch_sizes, args.batching.lengths, args.batching.token_budget)
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
         raise ConfigError("args.name", args.name, "use letters, digits, '.', '_' and '-'")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.version):
@@ -126,6 +192,8 @@ def _check(args: ModelArgs) -> None:
         ("batching.max_queue", args.batching.max_queue, max(args.batching.batch_sizes)),
         ("limits.body_bytes", args.limits.body_bytes, 1),
         ("limits.rows", args.limits.rows, 1),
+        ("limits.bytes_in_flight", args.limits.bytes_in_flight, 1),
+        ("limits.timeout_s", 1 if args.limits.timeout_s is None else args.limits.timeout_s, 0.001),
         ("threads", 1 if args.threads is None else args.threads, 1),
     )
     for key, value, least in at_least:

@@ -53,11 +53,18 @@ def _check_application(where: str, application: Mapping[str, Any]) -> list[str]:
         args = ModelArgs.parse(application.get("args"))
     except ConfigError as error:
         return [f"{where}: {error}"]
-    return [
-        f"{where}.deployments[{j}].name: {deployment.get('name')!r} is not allowed; this model's is {args.name!r}"
-        for j, deployment in enumerate(_mappings(application.get("deployments")))
-        if deployment.get("name") != args.name
-    ]
+    found = []
+    for j, deployment in enumerate(_mappings(application.get("deployments"))):
+        here = f"{where}.deployments[{j}]"
+        if deployment.get("name") != args.name:
+            found.append(f"{here}.name: {deployment.get('name')!r} is not allowed; this model's is {args.name!r}")
+        try:
+            if isinstance(deployment.get("max_ongoing_requests"), int):
+                args.check_max_ongoing_requests(deployment["max_ongoing_requests"])
+            args.with_user_config(deployment.get("user_config"))
+        except ConfigError as error:
+            found.append(f"{here}.{error}")
+    return found
 
 
 def _unknown_keys(where: str, section: Mapping[str, Any], schema: type[BaseModel]) -> list[str]:

@@ -12,17 +12,18 @@ import ray
 import torch
 from ray import serve
 
+from deployments.admission import Admission
 from deployments.args import ModelArgs
-from deployments.errors import Overloaded
 from deployments.http import make_app
 from deployments.metrics import ModelMetrics
-from deployments.model_thread import ModelThread, Work
+from deployments.model_thread import ModelThread, Work, fail
 from deployments.service import ModelService
 from optim import CompiledModel, compile_model
+from optim.errors import ConfigError
 from optim.shapes import Inputs
 
-#: Requests on top of the queue that a replica takes at once: health checks, metadata, and those answered 503.
-EXTRA_REQUESTS = 64
+logger = logging.getLogger(__name__)
+_LOGGERS = ("optim", "deployments")
 
 
 @serve.ingress()
@@ -35,23 +36,37 @@ class ModelReplica:
     async def __init__(self, args: ModelArgs) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load, compile and warm up; the replica takes traffic when this returns."""
         _share_serve_log()
+        # Ray Serve takes the one of the configuration file for derived ones; before anything costs time.
+        args.check_max_ongoing_requests(_max_ongoing_requests())
         self._args = args
-        self._pending_rows = 0
         self._metrics = ModelMetrics(args.name or "")
         self._servable = args.make_servable()
         self._host_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="host-work")
         self._thread = ModelThread(args.name or "", self._metrics.record_batch)
         self._model = await asyncio.wrap_future(self._thread.call(self._load))
         self._metrics.record_report(self._model.report)
+        self._admission = Admission(
+            args.batching.max_queue,
+            args.limits.bytes_in_flight,
+            self._seconds_to_drain,
+            lambda: self._metrics.count("rejected"),
+        )
         self._service = ModelService(
-            args, self._servable, self._model, self._run, self._host_pool, lambda: self._thread.failure
+            args,
+            self._servable,
+            self._model,
+            self._run,
+            self._host_pool,
+            self._admission,
+            lambda: self._thread.failure,
+            self._metrics.count,
         )
         # Made here and not as a decorator: its figures come from the configuration, and it cannot be shared.
         self._enter_batch = serve.batch(
             max_batch_size=max(args.batching.batch_sizes),
             batch_wait_timeout_s=args.batching.wait_ms / 1e3,
-            # It never merges batches that wait, so all may pass: they merge on the model thread.
-            max_concurrent_batches=args.batching.max_queue,
+            # A batch holds its permit only until it is handed to the model thread, where those that wait merge.
+            max_concurrent_batches=2,
         )(self._run_batch)
 
     def _load(self) -> CompiledModel:
@@ -64,24 +79,21 @@ class ModelReplica:
             self._args.pt2,
             batch_sizes=self._args.batching.batch_sizes,
             lengths=self._args.batching.lengths,
+            token_budget=self._args.batching.token_budget_on(device),
             device=device,
         )
         self._thread.serve(model)
         return model
 
-    async def _run(self, inputs: Inputs, rows: int) -> Any:
-        """Run one request; Overloaded where the queue is full."""
-        limit = self._args.batching.max_queue
-        if self._pending_rows and self._pending_rows + rows > limit:
-            self._metrics.rejected.inc()
-            raise Overloaded(f"the queue is full ({self._pending_rows} of {limit} rows)", self._seconds_to_drain())
-        self._pending_rows += rows
+    async def _run(self, inputs: Inputs, rows: int, deadline: float | None) -> Any:
+        """Run one request; a caller that goes away takes it out of the queue."""
+        work = Work(inputs, rows, deadline)
         try:
-            future = await self._enter_batch(Work(inputs, rows))
+            future = await self._enter_batch(work)
             # The future carries the request's own error: an exception in the batch's result list would be returned.
             return await asyncio.wrap_future(future)
         finally:
-            self._pending_rows -= rows
+            work.future.cancel()
 
     async def _run_batch(self, works: list[Work]) -> list[Any]:
         """Hand what arrived together to the model thread; each request then waits for its own future."""
@@ -91,22 +103,40 @@ class ModelReplica:
         try:
             return self._thread.submit(work)
         except Exception as error:  # one refusal must not fail the batch
-            work.future.set_exception(error)
+            fail(work.future, error)
             return work.future
 
-    def _seconds_to_drain(self) -> int:
-        """Return whole seconds until what is queued now will have run, by the measured cost of the largest bucket."""
-        largest = self._model.report.buckets[-1]
+    def _seconds_to_drain(self, rows: int) -> int:
+        """Return whole seconds until so many rows will have run, by the measured cost of the largest bucket."""
+        largest = max(self._model.report.buckets, key=lambda row: row.batch_size * (row.length or 1))
         per_row_ms = (largest.ms or 0.0) / largest.batch_size
-        return max(1, math.ceil(self._pending_rows * per_row_ms / 1e3))
+        return max(1, math.ceil(rows * per_row_ms / 1e3))
 
-    async def predict(self, payload: Any) -> Any:
-        """Answer one request in the servable's own terms: payload in, reply out."""
-        return await self._service.predict(payload)
+    async def reconfigure(self, user_config: Any) -> None:
+        """Take over a changed `user_config`; one with a mistake is refused, and everything stays as it was.
 
-    async def infer(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        It never raises: Ray Serve would stop a healthy replica.
+        """
+        try:
+            changed, log_level = self._args.with_user_config(user_config)
+        except ConfigError as error:
+            self._metrics.count("refused")
+            logger.error("the change of user_config is refused, the settings before stay: %s", error)
+            return
+        self._admission.max_rows = changed.batching.max_queue
+        self._admission.max_bytes = changed.limits.bytes_in_flight
+        self._service.change(changed)
+        self._enter_batch.set_batch_wait_timeout_s(changed.batching.wait_ms / 1e3)  # type: ignore[attr-defined]
+        _set_log_level(log_level)
+        logger.info("user_config is in force: %s", user_config)
+
+    async def predict(self, payload: Any, timeout_s: float | None = None) -> Any:
+        """Answer one request in the servable's own terms: payload in, reply out; DeadlineExceeded after `timeout_s`."""
+        return await self._service.predict(payload, timeout_s)
+
+    async def infer(self, tensors: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
         """Run tensors with a batch dimension through the model; arrays by name in and out."""
-        return await self._service.infer(tensors)
+        return await self._service.infer(tensors, timeout_s)
 
     async def report(self) -> dict[str, Any]:
         """Return this replica's compile report."""
@@ -136,7 +166,7 @@ def make_deployment(args: ModelArgs) -> serve.Deployment:
     """Return the deployment of a model, with the options that its batching implies."""
     decorate = serve.deployment(
         name=str(args.name),
-        max_ongoing_requests=args.batching.max_queue + EXTRA_REQUESTS,
+        max_ongoing_requests=args.max_ongoing_requests,
         health_check_period_s=5,
     )
     return decorate(ModelReplica)
@@ -149,11 +179,21 @@ def _own_resources(threads: int | None) -> tuple[str, int]:
     return device, threads or max(1, math.floor(assigned.get("CPU", 1)))
 
 
+def _max_ongoing_requests() -> int:
+    """Return the limit that Ray Serve holds this replica to (`serve.batch` reads it from the same place)."""
+    return int(serve.get_replica_context()._deployment_config.max_ongoing_requests)
+
+
+def _set_log_level(level: str | None) -> None:
+    """Set how much we log; None is Ray Serve's own level."""
+    for ours in map(logging.getLogger, _LOGGERS):
+        ours.setLevel(level or logging.getLogger("ray.serve").level)
+
+
 def _share_serve_log() -> None:
     """Send what `optim` and `deployments` log to where Ray Serve logs."""
     serve_logger = logging.getLogger("ray.serve")
-    for name in ("optim", "deployments"):
-        ours = logging.getLogger(name)
+    for ours in map(logging.getLogger, _LOGGERS):
         ours.setLevel(serve_logger.level)
         ours.propagate = False
         for handler in serve_logger.handlers:

@@ -39,6 +39,12 @@ class ModelFailed(RequestError):
     status = 500
 
 
+class DeadlineExceeded(RequestError):
+    """The request's deadline passed before its answer was there."""
+
+    status = 408
+
+
 class Overloaded(RequestError):
     """The queue is full; try again after `retry_after_s` seconds."""
 

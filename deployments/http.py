@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -16,12 +18,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments import oip, torchserve
+from deployments.admission import Held
 from deployments.errors import BadRequest, BodyTooLarge, Overloaded, RequestError
 from deployments.service import ModelService
 
 logger = logging.getLogger(__name__)
 _DISCARD_BYTES = 64 * 1024 * 1024
 _DISCARD_S = 5.0
+TIMEOUT_HEADER = "x-request-timeout-seconds"
 Handler = Callable[[ModelService, Request], Awaitable[Response]]
 
 
@@ -104,21 +108,34 @@ def _request_id(request: Request) -> str:
     return request.headers.get("x-request-id", "-")
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body; BodyTooLarge as soon as more than `limit` bytes are announced or have come."""
-    announced = request.headers.get("content-length", "")
+async def read_body(request: Request, limit: int, held: Held) -> bytes:
+    """Return the body; BodyTooLarge as soon as more than `limit` bytes are announced or have come.
+
+    Its bytes are held as soon as they are known of: Overloaded where the replica has no room for them.
+    """
     stream = request.stream()
-    chunks, size = [], int(announced) if announced.isdecimal() and int(announced) > limit else 0
-    if not size:
+    try:
+        return await _collect(request, stream, limit, held)
+    except RequestError:
+        if request.headers.get("connection", "").lower() == "close":
+            await _discard(stream)
+        raise
+
+
+async def _collect(request: Request, stream: AsyncIterator[bytes], limit: int, held: Held) -> bytes:
+    text = request.headers.get("content-length", "")
+    size = int(text) if text.isdecimal() else 0
+    if size <= limit:
+        held.grow_to(size)
+        chunks, size = [], 0
         async for chunk in stream:
             size += len(chunk)
             if size > limit:
                 break
+            held.grow_to(size)
             chunks.append(chunk)
         else:
             return b"".join(chunks)
-    if request.headers.get("connection", "").lower() == "close":
-        await _discard(stream)
     raise BodyTooLarge(f"the body is over the limit of {limit} bytes")
 
 
@@ -141,6 +158,24 @@ def _check_model(service: ModelService, request: Request) -> None:
     service.check_model(request.path_params["model"], request.path_params.get("version"))
 
 
+def _time_left(request: Request, started: float) -> float | None:
+    """Return the seconds left of those that the caller grants, or None where the configured time holds.
+
+    Ray Serve's proxy reads the same header, and answers in words of its own when the time is over: ours has to be
+    there a little before that.
+    """
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise BadRequest(f"{TIMEOUT_HEADER}: {text!r} is not allowed; use a number of seconds above 0")
+    return max(seconds - min(0.05 * seconds, 0.1) - (time.monotonic() - started), 0.0)
+
+
 async def _ping(service: ModelService, request: Request) -> Response:
     if service.failure() is not None:
         return _json({"status": "Unhealthy"}, 500)
@@ -149,9 +184,11 @@ async def _ping(service: ModelService, request: Request) -> Response:
 
 async def _predict(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
-    body = await read_body(request, service.args.limits.body_bytes)
-    payload = await torchserve.decode_payload(request, body)
-    reply = await service.predict(payload)
+    started = time.monotonic()
+    with service.admission.hold_bytes() as held:
+        body = await read_body(request, service.limits.body_bytes, held)
+        payload = await torchserve.decode_payload(request, body)
+        reply = await service.predict(payload, _time_left(request, started), held)
     if isinstance(reply, bytes | bytearray | memoryview):
         return Response(bytes(reply), media_type="application/octet-stream")
     if isinstance(reply, str):
@@ -194,11 +231,13 @@ async def _model_ready(service: ModelService, request: Request) -> Response:
 
 async def _infer(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
-    body = await read_body(request, service.args.limits.body_bytes)
-    try:
-        message = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from error
-    wanted = oip.parse_request(message)
-    outputs = await service.infer(wanted.tensors)
+    started = time.monotonic()
+    with service.admission.hold_bytes() as held:
+        body = await read_body(request, service.limits.body_bytes, held)
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the body is not JSON: {error}") from error
+        wanted = oip.parse_request(message)
+        outputs = await service.infer(wanted.tensors, _time_left(request, started), held)
     return _json(oip.make_response(service, wanted, outputs))

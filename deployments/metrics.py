@@ -8,6 +8,7 @@ from deployments.model_thread import BatchRecord
 from optim.report import AfterReady, CompileReport
 
 _MS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+_SHARES: list[float] = [0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75]
 _ROWS: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
@@ -16,10 +17,22 @@ class ModelMetrics:
 
     def __init__(self, model: str) -> None:
         tags = {"tag_keys": ("model",)}
-        self.rejected = Counter("pt2_rejected_total", "Requests answered 503 because the queue was full.", **tags)
+        self._rejected = Counter(
+            "pt2_rejected_total", "Requests answered 503 because the queue or the memory for them was full.", **tags
+        )
+        self._failed = Counter("pt2_failed_total", "Requests that the model or the servable failed on.", **tags)
+        self._dropped = Counter(
+            "pt2_dropped_total",
+            "Requests given up, by reason: their deadline passed, or their caller had gone away.",
+            tag_keys=("model", "reason"),  # type: ignore[arg-type]  # Ray annotates one key, and takes any number
+        )
+        self._refused_changes = Counter("pt2_user_config_refused_total", "Hot changes that were refused.", **tags)
         self._batch_rows = Histogram("pt2_batch_rows", "Rows of each run of the model.", boundaries=_ROWS, **tags)
         self._run_ms = Histogram("pt2_run_ms", "Time of each run of the model, ms.", boundaries=_MS, **tags)
-        self._wait_ms = Histogram("pt2_queue_wait_ms", "Wait of each run's oldest request, ms.", boundaries=_MS, **tags)
+        self._wait_ms = Histogram("pt2_queue_wait_ms", "Wait of each request for its run, ms.", boundaries=_MS, **tags)
+        self._padding = Histogram(
+            "pt2_padding_fraction", "Share of each run that was padding, 0 to 1.", boundaries=_SHARES, **tags
+        )
         self._eager_buckets = Gauge(
             "pt2_eager_buckets", "Buckets served eager although they were compiled for.", **tags
         )
@@ -29,7 +42,7 @@ class ModelMetrics:
         self._fallbacks = Gauge(
             "pt2_fallback_calls",
             "Calls since ready that ran eager instead, by reason.",
-            tag_keys=("model", "reason"),  # type: ignore[arg-type]  # Ray annotates one key, and takes any number
+            tag_keys=("model", "reason"),  # type: ignore[arg-type]
         )
         self._bucket_ms = Gauge(
             "pt2_bucket_ms",
@@ -37,10 +50,14 @@ class ModelMetrics:
             tag_keys=("model", "bucket", "engine"),  # type: ignore[arg-type]
         )
         metrics = (
-            self.rejected,
+            self._rejected,
+            self._failed,
+            self._dropped,
+            self._refused_changes,
             self._batch_rows,
             self._run_ms,
             self._wait_ms,
+            self._padding,
             self._eager_buckets,
             self._compilations,
             self._fallbacks,
@@ -53,7 +70,16 @@ class ModelMetrics:
         """Count one run."""
         self._batch_rows.observe(batch.rows)
         self._run_ms.observe(batch.run_s * 1e3)
-        self._wait_ms.observe(batch.wait_s * 1e3)
+        self._padding.observe(batch.padding)
+        for wait_s in batch.waits_s:
+            self._wait_ms.observe(wait_s * 1e3)
+
+    def count(self, what: str) -> None:
+        """Count what became of a request, or of a change: `rejected`, `failed`, `deadline`, `gone`, `refused`."""
+        if what in ("deadline", "gone"):
+            self._dropped.inc(tags={"reason": what})
+        else:
+            {"rejected": self._rejected, "failed": self._failed, "refused": self._refused_changes}[what].inc()
 
     def record_report(self, report: CompileReport) -> None:
         """Publish what was chosen."""

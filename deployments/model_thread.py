@@ -6,40 +6,57 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
-from deployments.errors import ModelFailed, NotReady
+from deployments.errors import DeadlineExceeded, ModelFailed, NotReady
 from optim import CompiledModel, is_device_error
 from optim.errors import describe
-from optim.shapes import Inputs, take_rows
+from optim.planner import Item, Planner
+from optim.shapes import Inputs, TensorSpec, cut, measure, pad, take_rows
 from optim.tree import flatten
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+#: The oldest requests that are planned together: a plan takes 10 us a request and should not hold the model up.
+_WINDOW = 128
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Work:
-    """One request: its inputs with their batch dimension, and where its output goes."""
+    """One request: its inputs with their batch dimension, until when it is wanted, and where its output goes."""
 
     inputs: Inputs
     rows: int
+    deadline: float | None = None
+    """On time.monotonic's clock; None is never."""
     future: Future[Any] = field(default_factory=Future)
-    queued_at: float = field(default_factory=time.perf_counter)
+    queued_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, eq=False)
+class _Queued:
+    """A request in the queue; those with the same key may run together, one without a key runs alone."""
+
+    work: Work
+    item: Item
+    key: tuple[Any, ...] | None
 
 
 @dataclass(frozen=True)
 class BatchRecord:
     """One run of the model, for metrics."""
 
-    requests: int
     rows: int
-    wait_s: float
+    padding: float
+    """The share of what ran that was padding, 0 to 1; in tokens where there are lengths."""
+    waits_s: tuple[float, ...]
+    """How long each request waited for the run."""
     run_s: float
 
 
@@ -47,16 +64,17 @@ class ModelThread:
     """Runs jobs and requests one after the other on its own thread.
 
     CUDA-graph state and torch's configuration belong to a thread, and torch.compile is not thread-safe, so nothing
-    else may touch the model. Whenever free, the thread takes everything that waits, oldest first, up to the largest
-    bucket. `call`, `submit` and `close` may be called from any thread.
+    else may touch the model. Whenever free, the thread plans all that waits and runs the group that the oldest request
+    is in, so nothing starves behind what fits better. `call`, `submit` and `close` may be called from any thread.
     """
 
     def __init__(self, name: str, on_batch: Callable[[BatchRecord], None] | None = None) -> None:
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._waiting: deque[Work] = deque()
+        self._waiting: deque[_Queued] = deque()
         self._closing = False
         self._model: CompiledModel | None = None
+        self._planner: Planner | None = None
         self._failure: BaseException | None = None
         self._on_batch = on_batch
         self._thread = threading.Thread(target=self._loop, name=f"model-{name}", daemon=True)
@@ -81,16 +99,22 @@ class ModelThread:
             self._wake.notify()
         return future
 
-    def serve(self, model: CompiledModel) -> None:
-        """Take the model that requests are run with; call it on the thread, as the last part of a job."""
+    def serve(self, model: CompiledModel, planner: Planner | None = None) -> None:
+        """Take the model that requests are run with; call it on the thread, as the last part of a job.
+
+        Requests are put together by `planner`, else by what the model's buckets were measured to cost.
+        """
+        self._planner = planner or Planner(model.costs)
         self._model = model
 
     def submit(self, work: Work) -> Future[Any]:
         """Queue a request; its future gets the output with the batch dimension, on the CPU, or its own error."""
+        model = self._model
+        queued = None if model is None else _look_at(model, work)
         with self._wake:
-            if self._closing or self._model is None or self.failure:
+            if self._closing or queued is None or self.failure:
                 raise NotReady(self.failure or "the replica is not ready")
-            self._waiting.append(work)
+            self._waiting.append(queued)
             self._wake.notify()
         return work.future
 
@@ -114,57 +138,44 @@ class ModelThread:
         with self._wake:
             while not (self._jobs or self._waiting or self._closing):
                 self._wake.wait()
-            if self._jobs:
-                job, future = self._jobs.popleft()
-                works = []
-            elif self._waiting:
-                works = self._take()
-            else:
+            if not (self._jobs or self._waiting):
                 return False
-        if works:
-            self._run(works)
-        else:
+            job, future = self._jobs.popleft() if self._jobs else (None, None)
+            waiting = list(self._waiting)
+        if job is not None and future is not None:
             _complete(future, job)
+            return True
+        # Planned without the lock, so that requests can be queued meanwhile; only this thread takes them out.
+        group, dropped = self._choose(waiting)
+        gone = set(map(id, (*group, *dropped)))
+        with self._wake:
+            self._waiting = deque(queued for queued in self._waiting if id(queued) not in gone)
+        for future in (queued.work.future for queued in dropped):
+            if not future.cancelled():
+                fail(future, DeadlineExceeded("the deadline passed before the model was free"))
+        self._run([queued.work for queued in group])
         return True
 
-    def _take(self) -> list[Work]:
-        """Take the oldest request and those behind it that can join it; the lock is held."""
-        assert self._model is not None
-        first = self._waiting.popleft()
-        works, rows = [first], first.rows
-        limit, key = self._max_rows(self._model), self._key(self._model, first)
-        kept: deque[Work] = deque()
-        while self._waiting and rows < limit:
-            work = self._waiting.popleft()
-            if self._key(self._model, work) == key and rows + work.rows <= limit:
-                works.append(work)
-                rows += work.rows
-            else:
-                kept.append(work)
-        kept.extend(self._waiting)
-        self._waiting = kept
-        return works
-
-    @staticmethod
-    def _max_rows(model: CompiledModel) -> int:
-        """Return the rows of the largest batch; 0 where rows depend on their neighbours, so none may be joined."""
-        if not model.report.padding or any(spec.batch_dim is None for spec in model.input_specs):
-            return 0
-        return model.max_batch_size
-
-    @staticmethod
-    def _key(model: CompiledModel, work: Work) -> tuple[Any, ...]:
-        """Return what requests must share to be run together: dtypes, and shapes without the batch dimension."""
-        return tuple(
-            (tensor.dtype, tuple(size for dim, size in enumerate(tensor.shape) if dim != spec.batch_dim))
-            for spec, tensor in zip(model.input_specs, work.inputs, strict=True)
-        )
+    def _choose(self, waiting: Iterable[_Queued]) -> tuple[list[_Queued], list[_Queued]]:
+        """Return what to run now, the oldest request and those planned with it; and what nobody wants any more."""
+        now = time.monotonic()
+        wanted: list[_Queued] = []
+        dropped: list[_Queued] = []
+        for queued in waiting:
+            deadline = queued.work.deadline
+            over = queued.work.future.cancelled() or (deadline is not None and deadline <= now)
+            (dropped if over else wanted).append(queued)
+        if not wanted or wanted[0].key is None or self._planner is None:
+            return wanted[:1], dropped
+        peers = [queued for queued in wanted if queued.key == wanted[0].key][:_WINDOW]
+        oldest, *_ = self._planner.plan([queued.item for queued in peers])
+        return [peers[i] for i in oldest.items], dropped
 
     def _run(self, works: list[Work]) -> None:
         works = [work for work in works if work.future.set_running_or_notify_cancel()]
         if not works:
             return
-        started = time.perf_counter()
+        started = time.monotonic()
         try:
             outputs = self._run_together(works)
         except Exception as error:
@@ -173,24 +184,34 @@ class ModelThread:
         for work, output in zip(works, outputs, strict=True):
             work.future.set_result(output)
         if self._on_batch is not None:
+            waits = tuple(started - work.queued_at for work in works)
             rows = sum(work.rows for work in works)
-            wait_s = started - works[0].queued_at
-            self._on_batch(BatchRecord(len(works), rows, wait_s, time.perf_counter() - started))
+            self._on_batch(BatchRecord(rows, self._padding(works), waits, time.monotonic() - started))
+
+    def _padding(self, works: list[Work]) -> float:
+        """Return the share of the last run that was padding."""
+        assert self._model is not None
+        sizes = [measure(self._model.input_specs, work.inputs) for work in works]
+        known = [size for size in sizes if size is not None]
+        if len(known) < len(sizes):
+            return 0.0
+        ran = self._model.size_run(sum(rows for rows, _ in known), max(length for _, length in known))
+        return 1 - sum(rows * max(length, 1) for rows, length in known) / ran
 
     def _settle_failure(self, works: list[Work], error: Exception) -> None:
         """Fail one request with its own error; run several again, each alone, so that only the bad ones fail."""
         if is_device_error(error):
             self._break(error)
             for work in works:
-                _fail(work.future, NotReady(f"the device failed: {self.failure}"))
+                fail(work.future, NotReady(f"the device failed: {self.failure}"))
         elif len(works) == 1:
             kind, message = describe(error)
             logger.warning("the model failed on a request: %s: %s", kind, message)
-            _fail(works[0].future, ModelFailed(f"the model failed on this request: {kind}: {message}"))
+            fail(works[0].future, ModelFailed(f"the model failed on this request: {kind}: {message}"))
         else:
             for work in works:
                 if self._failure is not None:
-                    _fail(work.future, NotReady(f"the device failed: {self.failure}"))
+                    fail(work.future, NotReady(f"the device failed: {self.failure}"))
                     continue
                 try:
                     work.future.set_result(self._run_together([work])[0])
@@ -198,23 +219,28 @@ class ModelThread:
                     self._settle_failure([work], own)
 
     def _run_together(self, works: list[Work]) -> list[Any]:
-        """Run the requests as one batch; return each one's output, on the CPU."""
+        """Run the requests as one batch, those of other lengths padded; return each one's output, on the CPU."""
         model = self._model
         assert model is not None
-        inputs = works[0].inputs
+        specs = model.input_specs
+        lengths = [_length(specs, work) for work in works]
+        longest = max(lengths)
+        # Copied to the device one by one: from pinned memory that goes on beside what runs there.
+        inputs = _move(works[0].inputs, model.device)
         if len(works) > 1:
-            columns = zip(*(work.inputs for work in works), strict=True)
+            same = [pad(specs, _move(w.inputs, model.device), w.rows, longest) for w in works]
             inputs = tuple(
                 column[0] if spec.batch_dim is None else torch.cat(column, spec.batch_dim)
-                for spec, column in zip(model.input_specs, columns, strict=True)
+                for spec, column in zip(specs, zip(*same, strict=True), strict=True)
             )
         tensors, rebuild = flatten(model(*inputs))
         tensors = [t.cpu() for t in tensors]
         if len(works) == 1:
             return [rebuild(tensors)]
         outputs, start = [], 0
-        for work in works:
-            outputs.append(rebuild(take_rows(model.output_specs, tensors, start, work.rows)))
+        for work, length in zip(works, lengths, strict=True):
+            own = cut(model.output_specs, take_rows(model.output_specs, tensors, start, work.rows), work.rows, length)
+            outputs.append(rebuild(list(own)))
             start += work.rows
         return outputs
 
@@ -225,8 +251,30 @@ class ModelThread:
             works, jobs = list(self._waiting), list(self._jobs)
             self._waiting.clear()
             self._jobs.clear()
-        for future in [*(work.future for work in works), *(future for _, future in jobs)]:
-            _fail(future, NotReady(f"the replica cannot serve any more: {self.failure}"))
+        for future in [*(queued.work.future for queued in works), *(future for _, future in jobs)]:
+            fail(future, NotReady(f"the replica cannot serve any more: {self.failure}"))
+
+
+def _look_at(model: CompiledModel, work: Work) -> _Queued:
+    """Return a request with what is needed to plan it."""
+    size = measure(model.input_specs, work.inputs)
+    may_join = model.report.padding and all(spec.batch_dim is not None for spec in model.input_specs)
+    if size is None or not may_join:
+        return _Queued(work, Item(work.rows), None)
+    key = []
+    for spec, tensor in zip(model.input_specs, work.inputs, strict=True):
+        free = {spec.batch_dim, *spec.length_dims}
+        key.append((tensor.dtype, tuple(size for dim, size in enumerate(tensor.shape) if dim not in free)))
+    return _Queued(work, Item(*size), tuple(key))
+
+
+def _length(specs: Sequence[TensorSpec], work: Work) -> int:
+    size = measure(specs, work.inputs)
+    return 0 if size is None else size[1]
+
+
+def _move(inputs: Inputs, device: torch.device) -> Inputs:
+    return tuple(t.to(device, non_blocking=device.type == "cuda") for t in inputs)
 
 
 def _complete(future: Future[Any], job: Callable[[], Any]) -> None:
@@ -238,7 +286,8 @@ def _complete(future: Future[Any], job: Callable[[], Any]) -> None:
         future.set_exception(error)
 
 
-def _fail(future: Future[Any], error: Exception) -> None:
+def fail(future: Future[Any], error: Exception) -> None:
+    """Give a future its error, if anybody still waits for it."""
     try:
         future.set_exception(error)
     except InvalidStateError:

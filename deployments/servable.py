@@ -22,6 +22,8 @@ class Servable(ABC):
     at a time: they must not change the servable.
     """
 
+    #: Lengths of the buckets where the configuration names none; None where the inputs do not vary in length.
+    default_lengths: Sequence[int] | None = None
     #: Names of the inputs and outputs for tensor protocols; None takes them from the module.
     input_names: Sequence[str] | None = None
     output_names: Sequence[str] | None = None

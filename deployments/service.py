@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from deployments.args import ModelArgs
-from deployments.errors import BadRequest, ModelFailed, ModelNotFound, NotReady, RequestError, VersionNotFound
+from deployments.admission import Admission, Held, size_of
+from deployments.args import LimitsArgs, ModelArgs
+from deployments.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    ModelFailed,
+    ModelNotFound,
+    NotReady,
+    RequestError,
+    VersionNotFound,
+)
 from deployments.servable import Servable, forward_names
 from optim import CompiledModel
 from optim.errors import describe
@@ -21,7 +32,8 @@ from optim.shapes import Inputs, TensorSpec, measure
 from optim.tree import flatten
 
 logger = logging.getLogger(__name__)
-Run = Callable[[Inputs, int], Awaitable[Any]]
+Run = Callable[[Inputs, int, float | None], Awaitable[Any]]
+"""Runs inputs of some rows until a deadline on time.monotonic's clock (None: never)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,9 @@ class ModelService:
         model: CompiledModel,
         run: Run,
         host_pool: Executor,
+        admission: Admission,
         failure: Callable[[], str | None] = lambda: None,
+        count: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.args = args
         self.name = args.name or ""
@@ -52,11 +66,20 @@ class ModelService:
         self._model = model
         self._run = run
         self._pool = host_pool
+        self.admission = admission
+        #: What a request may ask for; replaced as a whole by a hot change.
+        self.limits: LimitsArgs = args.limits
+        self._count = count
+        self._pins = model.device.type == "cuda"
         #: Says why the model cannot answer any more, or None.
         self.failure = failure
         names = servable.input_names or forward_names(model.module, len(model.input_specs))
         self.inputs = _infos(names, model.input_specs, "input")
         self.outputs = _infos(servable.output_names or model.output_names, model.output_specs, "output")
+
+    def change(self, args: ModelArgs) -> None:
+        """Take over changed settings: new requests meet them, those under way keep what they met."""
+        self.args, self.limits = args, args.limits
 
     def check_model(self, name: str, version: str | None = None) -> None:
         """Raise ModelNotFound or VersionNotFound where this is not the model asked for."""
@@ -75,25 +98,72 @@ class ModelService:
         """Return the compile report of the replica that answers."""
         return self._model.report.to_dict()
 
-    async def predict(self, payload: Any) -> Any:
-        """Preprocess one request, run it as one row, and postprocess its output."""
-        row = await self._on_host(self._servable.preprocess, payload, blame_request=True)
-        inputs = self._add_batch_dim(row)
-        output = await self._run(inputs, 1)
-        return await self._on_host(self._postprocess, output, blame_request=False)
+    async def predict(self, payload: Any, timeout_s: float | None = None, held: Held | None = None) -> Any:
+        """Preprocess one request, run it as one row, and postprocess its output.
 
-    async def infer(self, tensors: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        DeadlineExceeded where that takes longer than `timeout_s` (or the configured time); `held` are the bytes that
+        are counted for it already.
+        """
+        async with self._deadline(timeout_s) as deadline:
+            with self.admission.hold_rows(1), self._hold(held) as holding:
+                holding.grow_to(size_of(payload))
+                inputs = await self._on_host(self._read, payload, blame_request=True)
+                holding.add(size_of(inputs))
+                output = await self._run(inputs, 1, deadline)
+                return await self._on_host(self._postprocess, output, blame_request=False)
+
+    async def infer(
+        self, tensors: Mapping[str, Any], timeout_s: float | None = None, held: Held | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
         """Run tensors that have the batch dimension; BadRequest where names, dtypes or shapes are not the model's."""
         inputs = self._check_tensors(tensors)
         size = measure(self._model.input_specs, inputs)
         if size is None:
             raise BadRequest("the inputs differ in their number of rows or their length, or have none")
-        if size[0] > self.args.limits.rows:
-            raise BadRequest(f"{size[0]} rows in one request; at most {self.args.limits.rows} are allowed")
-        output = await self._run(inputs, size[0])
+        if size[0] > self.limits.rows:
+            raise BadRequest(f"{size[0]} rows in one request; at most {self.limits.rows} are allowed")
+        async with self._deadline(timeout_s) as deadline:
+            with self.admission.hold_rows(size[0]), self._hold(held) as holding:
+                holding.add(size_of(inputs))
+                output = await self._run(self._pin(inputs), size[0], deadline)
         found, _ = flatten(output)
         names = [info.name for info in self.outputs] or [f"output_{i}" for i in range(len(found))]
         return {name: _to_numpy(tensor) for name, tensor in zip(names, found, strict=True)}
+
+    @asynccontextmanager
+    async def _deadline(self, timeout_s: float | None) -> AsyncIterator[float | None]:
+        """Bound a block by the caller's time or the configured one, and count how it ends; yield the deadline."""
+        seconds = self.limits.timeout_s if timeout_s is None else timeout_s
+        if seconds is not None and seconds <= 0:
+            self._count("deadline")
+            raise DeadlineExceeded("the deadline has passed")
+        try:
+            async with asyncio.timeout(seconds):
+                yield None if seconds is None else time.monotonic() + seconds
+        except (TimeoutError, DeadlineExceeded):
+            self._count("deadline")
+            raise DeadlineExceeded(f"no answer in time: the deadline was {seconds:.3g} s away") from None
+        except asyncio.CancelledError:
+            self._count("gone")
+            raise
+        except ModelFailed:
+            self._count("failed")
+            raise
+
+    @contextmanager
+    def _hold(self, held: Held | None) -> Iterator[Held]:
+        if held is not None:
+            yield held
+        else:
+            with self.admission.hold_bytes() as own:
+                yield own
+
+    def _read(self, payload: Any) -> Inputs:
+        return self._pin(self._add_batch_dim(self._servable.preprocess(payload)))
+
+    def _pin(self, inputs: Inputs) -> Inputs:
+        """Put inputs for a GPU into pinned memory, from which the model thread can copy without waiting."""
+        return tuple(t.pin_memory() if t.device.type == "cpu" else t for t in inputs) if self._pins else inputs
 
     def _check_tensors(self, tensors: Mapping[str, Any]) -> Inputs:
         known = [info.name for info in self.inputs]

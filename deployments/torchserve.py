@@ -13,6 +13,7 @@ from starlette.types import Message
 from deployments.errors import (
     BadRequest,
     BodyTooLarge,
+    DeadlineExceeded,
     ModelFailed,
     ModelNotFound,
     NotReady,
@@ -28,6 +29,7 @@ _TYPES: dict[type[RequestError], str] = {
     ModelNotFound: "ModelNotFoundException",
     VersionNotFound: "ModelVersionNotFoundException",
     BodyTooLarge: "RequestEntityTooLargeException",
+    DeadlineExceeded: "RequestTimeoutException",
     Overloaded: "ServiceUnavailableException",
     NotReady: "ServiceUnavailableException",
     ModelFailed: "InternalServerException",
@@ -97,6 +99,7 @@ def model_description(service: ModelService) -> list[dict[str, Any]]:
             "batchSize": max(batching.batch_sizes),
             "maxBatchDelay": batching.wait_ms,
             "jobQueueSize": batching.max_queue,
+            "responseTimeout": service.limits.timeout_s,
             "loadedAtStartup": True,
             "compileReport": service.report(),
         }

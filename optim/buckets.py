@@ -19,12 +19,25 @@ class Bucket:
         return f"{self.batch_size}x{self.length}" if self.length else str(self.batch_size)
 
 
-def make_grid(batch_sizes: Iterable[int], lengths: Iterable[int] | None = None) -> tuple[Bucket, ...]:
-    """Return every combination, smallest first; ConfigError for an empty list or anything but whole numbers above 0."""
+def make_grid(
+    batch_sizes: Iterable[int], lengths: Iterable[int] | None = None, token_budget: int | None = None
+) -> tuple[Bucket, ...]:
+    """Return every combination, smallest first, those left out that hold more than `token_budget` tokens.
+
+    The smallest batch size stays at every length. Raises ConfigError for an empty list or anything but whole numbers
+    above 0.
+    """
     sizes = _check_sizes("batch_sizes", batch_sizes)
     if lengths is None:
         return tuple(Bucket(size) for size in sizes)
-    return tuple(Bucket(size, length) for size in sizes for length in _check_sizes("lengths", lengths))
+    if token_budget is not None:
+        _check_sizes("token_budget", [token_budget])
+    return tuple(
+        Bucket(size, length)
+        for size in sizes
+        for length in _check_sizes("lengths", lengths)
+        if token_budget is None or size == sizes[0] or size * length <= token_budget
+    )
 
 
 def _check_sizes(key: str, sizes: Iterable[int]) -> list[int]:

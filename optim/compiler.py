@@ -44,13 +44,15 @@ def compile_model(
     *,
     batch_sizes: Iterable[int] = (1, 2, 4, 8),
     lengths: Iterable[int] | None = None,
+    token_budget: int | None = None,
     device: str | torch.device | None = None,
     phase: str = "forward",
 ) -> CompiledModel:
     """Compile a module for declared shapes and return a callable that is right, and never slower than eager.
 
     `example(batch_size, length)` returns the positional inputs as a request would make them (a tuple of tensors, or
-    one tensor; `length` is None without `lengths`). `config` is a Pt2Config or any form that `Pt2Config.parse` reads.
+    one tensor; `length` is None without `lengths`). Buckets of more than `token_budget` tokens (rows times length) are
+    left out, but for the smallest batch size. `config` is a Pt2Config or any form that `Pt2Config.parse` reads.
     `device` is where the model shall run; default CUDA where there is one. `phase` says what a call is (`forward`,
     `prefill`, `decode`), for the attention kernels. The module is moved to the device and put in eval mode. Call from
     the thread that will run the model, with its thread count set.
@@ -59,7 +61,7 @@ def compile_model(
     cannot be compiled and `fallback` is `fail` (or `strict` is set), and device and memory errors as they come.
     """
     config = Pt2Config.parse(config)
-    grid = make_grid(batch_sizes, lengths)
+    grid = make_grid(batch_sizes, lengths, token_budget)
     where = pick_device(device)
     check_phase(phase)
     started = time.perf_counter()

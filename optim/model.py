@@ -94,6 +94,27 @@ class CompiledModel:
         return tuple(sorted(self._lanes))
 
     @property
+    def costs(self) -> Mapping[Bucket, float]:
+        """The measured ms of each bucket's engine, for planning."""
+        return dict(self._ms)
+
+    def size_run(self, rows: int, length: int) -> int:
+        """Return the tokens (rows, where there is no length) that a call of this size computes, padding included."""
+        bucket_length = pick_length(length, self._lengths)
+        if not self._compiled or not self._report.padding or bucket_length is None:
+            return rows * max(length, 1)
+        if self._takes_any_size and rows <= max(self._sizes(bucket_length)):
+            return rows * max(length, 1)
+        total, left = 0, rows
+        for size in self._plan(rows, bucket_length):
+            engine = self._lanes[Bucket(size, bucket_length)].engine
+            count = min(size, left)
+            unpadded = engine.name == "eager" or engine.takes_any_size
+            total += count * max(length, 1) if unpadded else size * max(bucket_length, 1)
+            left -= count
+        return total
+
+    @property
     def max_batch_size(self) -> int:
         """The largest declared number of rows; more are split over several runs."""
         return max(bucket.batch_size for bucket in self._lanes)
@@ -146,7 +167,7 @@ class CompiledModel:
         bucket_length = pick_length(length, self._lengths)
         if bucket_length is None:
             return self._run_without_bucket(inputs)
-        if self._takes_any_size and rows <= self.max_batch_size:
+        if self._takes_any_size and rows <= max(self._sizes(bucket_length)):
             return self._run_unpadded(rows, bucket_length, inputs)
         if not self._report.padding:
             return self._run_without_bucket(inputs)
@@ -176,8 +197,11 @@ class CompiledModel:
 
     def _run_unpadded(self, rows: int, length: int, inputs: Inputs) -> Any:
         """Run code for any size in one piece: the next bucket up says whose."""
-        sizes = [bucket.batch_size for bucket in self._lanes if bucket.length == length]
-        return self._run_padded(Bucket(min(n for n in sizes if n >= rows), length), inputs, rows, length)
+        size = min(n for n in self._sizes(length) if n >= rows)
+        return self._run_padded(Bucket(size, length), inputs, rows, length)
+
+    def _sizes(self, length: int) -> list[int]:
+        return [bucket.batch_size for bucket in self._lanes if bucket.length == length]
 
     def _run(self, bucket: Bucket, inputs: Inputs) -> Any:
         lane = self._lanes[bucket]

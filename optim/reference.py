@@ -244,10 +244,11 @@ class Reference:
                     raise
                 continue
             yield "among other rows", among, alone
-        if large.length > 1:
-            short = small if small.length < large.length else Bucket(small.batch_size, large.length - 1)
+        longest = max(bucket.length for bucket in self.samples)
+        if longest > 1:
+            short = small if small.length < longest else Bucket(small.batch_size, longest - 1)
             inputs = self.samples.get(short) or self._make_sample(short)
-            padded = self.run(pad(self.input_specs, inputs, short.batch_size, large.length))
+            padded = self.run(pad(self.input_specs, inputs, short.batch_size, longest))
             cut_again = cut(self.output_specs, padded, short.batch_size, short.length)
             yield "when padded with zeros to a longer length", cut_again, self.run(inputs)
 

@@ -42,6 +42,9 @@ MISTAKES: list[tuple[Any, str]] = [
     ({"model": TINY, "batching": {"batch_size": [1]}}, "args.batching.batch_size: .*did you mean 'batch_sizes'"),
     ({"model": TINY, "batching": {"wait_ms": -1}}, "args.batching.wait_ms: -1.0 is not allowed; use 0 or more"),
     ({"model": TINY, "batching": {"max_queue": 4}}, "args.batching.max_queue: 4 is not allowed; use 8 or more"),
+    ({"model": TINY, "limits": {"timeout_s": 0}}, "args.limits.timeout_s: 0.0 is not allowed"),
+    ({"model": TINY, "limits": {"bytes_in_flight": 0}}, "args.limits.bytes_in_flight: 0 is not allowed; use 1 or"),
+    ({"model": TINY, "batching": {"lengths": [8], "token_budget": 0}}, "token_budget: 0 is not allowed"),
     ({"model": TINY, "threads": 0}, "args.threads: 0 is not allowed; use 1 or more"),
     ({"model": TINY, "version": "a/b"}, "args.version: 'a/b' is not allowed"),
     ({"model": TINY, "name": ""}, "args.name: '' is not allowed"),
@@ -66,6 +69,38 @@ def test_build_makes_the_deployment_that_the_configuration_names() -> None:
     assert deployment.max_ongoing_requests == 74
 
 
+def test_lengths_come_from_the_servable_where_none_are_given() -> None:
+    encoder = {"model": "deployments.text:SentenceEncoder"}
+    assert ModelArgs.parse(encoder).batching.lengths == [16, 32, 48, 64, 96, 128, 160, 192, 224, 256]
+    assert ModelArgs.parse({**encoder, "model_args": {"max_length": 40}}).batching.lengths == [16, 32, 40]
+    assert ModelArgs.parse({**encoder, "batching": {"lengths": [64]}}).batching.lengths == [64]
+    assert ModelArgs.parse({"model": TINY}).batching.lengths is None
+
+
+def test_a_user_config_changes_what_it_names() -> None:
+    args = ModelArgs.parse({"model": TINY, "limits": {"timeout_s": 9}})
+    changed, level = args.with_user_config({"wait_ms": 3, "max_queue": 20, "rows": 5, "log_level": "WARNING"})
+    assert (changed.batching.wait_ms, changed.batching.max_queue, changed.limits.rows) == (3, 20, 5)
+    assert (changed.limits.timeout_s, level) == (9, "WARNING")
+    assert args.with_user_config(None) == (args, None)
+
+
+@pytest.mark.parametrize(
+    ("user_config", "message"),
+    [
+        ({"batch_sizes": [1]}, "user_config.batch_sizes: .*there is no such key"),
+        ({"max_queue": 65}, "user_config.max_queue: 65 is not allowed; use 64 .*or less"),
+        ({"max_queue": 2}, "batching.max_queue: 2 is not allowed; use 8 or more"),
+        ({"wait_ms": "soon"}, "user_config.wait_ms: 'soon' is not allowed; use a number"),
+        ({"log_level": "LOUD"}, "user_config.log_level: 'LOUD' is not allowed; use 'DEBUG' or 'INFO'"),
+        ([1], "user_config: .* is not allowed; use a mapping"),
+    ],
+)
+def test_a_user_config_with_a_mistake_is_refused(user_config: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelArgs.parse({"model": TINY}).with_user_config(user_config)
+
+
 def test_the_shipped_configuration_is_right() -> None:
     assert check_file(ROOT / "serve_config.yaml") == []
 
@@ -87,6 +122,16 @@ def test_the_shipped_configuration_is_right() -> None:
             "this model's is 'image-classifier'",
         ),
         ("port: 8000", "port: eight", "http_options.port"),
+        (
+            "num_cpus: 1}",
+            "num_cpus: 1}\n        max_ongoing_requests: 8",
+            "deployments[0].max_ongoing_requests: 8 is not allowed; leave it out (128 is derived",
+        ),
+        (
+            "num_cpus: 1}",
+            "num_cpus: 1}\n        user_config: {batch_sizes: [1]}",
+            "deployments[0].user_config.batch_sizes: [1] is not allowed; there is no such key",
+        ),
         ("applications:", "applications: {", "not YAML"),
     ],
 )

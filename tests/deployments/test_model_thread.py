@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from deployments.errors import ModelFailed, NotReady
+from deployments.errors import DeadlineExceeded, ModelFailed, NotReady
 from deployments.model_thread import BatchRecord, ModelThread, Work
 from optim import compile_model
+from optim.buckets import make_grid
+from optim.planner import Planner
 from tests.support import models
 from tests.support.servables import Picky
 
@@ -51,13 +54,15 @@ def thread(records: list[BatchRecord]) -> Iterator[ModelThread]:
 
 def load(thread: ModelThread, module: nn.Module, batch_sizes: tuple[int, ...] = (1, 2, 4)) -> None:
     def job() -> None:
-        thread.serve(compile_model(module, models.features, EAGER, batch_sizes=batch_sizes, device="cpu"))
+        model = compile_model(module, models.features, EAGER, batch_sizes=batch_sizes, device="cpu")
+        # Every run costs the same, so that the fewest runs are best whatever this machine measures.
+        thread.serve(model, Planner(dict.fromkeys(make_grid(batch_sizes), 1.0)))
 
     thread.call(job).result()
 
 
 def row(value: float, rows: int = 1) -> Work:
-    return Work((torch.full((rows, 8), value),), rows)
+    return Work((torch.full((rows, 8), float(value)),), rows)
 
 
 def test_what_waits_is_run_together_oldest_first(thread: ModelThread, records: list[BatchRecord]) -> None:
@@ -75,6 +80,8 @@ def test_what_waits_is_run_together_oldest_first(thread: ModelThread, records: l
     assert gate.seen == [(1, 8), (4, 8), (2, 8)]
     thread.call(lambda: None).result()  # the last record is written after the last result
     assert [record.rows for record in records] == [1, 4, 2]
+    assert [len(record.waits_s) for record in records] == [1, 4, 2]
+    assert [record.padding for record in records] == [0, 0, 0]  # eager needs none
 
 
 def test_everything_runs_on_one_thread(thread: ModelThread) -> None:
@@ -110,7 +117,7 @@ def test_a_request_of_several_rows_stays_whole(thread: ModelThread) -> None:
     blocked.set()
     assert [f.result().shape[0] for f in futures] == [3, 2, 1]
     assert [f.result()[0, 0].item() for f in futures] == [2, 6, 8]
-    assert gate.seen == [(4, 8), (2, 8)]  # 3 + 1, then 2: the oldest first, joined by what still fits
+    assert gate.seen == [(3, 8), (3, 8)]  # 2 + 1 are one run; 3 + 1 and 2 would be as many
 
 
 def test_rows_that_depend_on_each_other_are_never_joined(thread: ModelThread) -> None:
@@ -133,6 +140,83 @@ def test_an_abandoned_request_costs_nothing(thread: ModelThread) -> None:
     blocked.set()
     assert wanted.result()[0, 0] == 3
     assert gate.seen == [(1, 8)]
+
+
+def test_a_request_whose_deadline_has_passed_costs_nothing(thread: ModelThread) -> None:
+    gate = Gate()
+    load(thread, gate)
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    late = thread.submit(Work((torch.zeros(1, 8),), 1, deadline=time.monotonic() - 1))
+    wanted = thread.submit(Work((torch.ones(1, 8),), 1, deadline=time.monotonic() + 600))
+    gate.seen.clear()
+    blocked.set()
+    assert wanted.result()[0, 0] == 2
+    with pytest.raises(DeadlineExceeded, match="before the model was free"):
+        late.result()
+    assert gate.seen == [(1, 8)]
+
+
+@pytest.fixture
+def texts(thread: ModelThread) -> Iterator[list[tuple[int, ...]]]:
+    """The thread serves texts of up to 32 tokens; yields the shapes that the model is given."""
+    seen: list[tuple[int, ...]] = []
+
+    class Seen(models.MaskedMean):
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+            seen.append(tuple(ids.shape))
+            return super().forward(ids, mask)
+
+    sizes, lengths = (1, 2, 4), (8, 16, 32)
+
+    def job() -> None:
+        model = compile_model(
+            Seen(), models.tokens, EAGER, batch_sizes=sizes, lengths=lengths, token_budget=64, device="cpu"
+        )
+        grid = make_grid(sizes, lengths, 64)
+        assert model.buckets == grid
+        thread.serve(model, Planner({bucket: bucket.length + 0.1 * bucket.batch_size for bucket in grid}))
+
+    thread.call(job).result()
+    seen.clear()
+    yield seen
+
+
+def text(length: int) -> Work:
+    ids, mask = models.tokens(1, length)
+    return Work((ids, mask), 1)
+
+
+def test_texts_of_any_length_get_their_own_answers(
+    thread: ModelThread, texts: list[tuple[int, ...]], records: list[BatchRecord]
+) -> None:
+    works = [text(length) for length in (30, 3, 16, 5, 40, 32, 8, 2, 31, 1)]
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    futures = [thread.submit(work) for work in works]
+    blocked.set()
+    module = models.MaskedMean()
+    for work, future in zip(works, futures, strict=True):
+        want, found = module(*work.inputs), future.result()
+        assert found["tokens"].shape == want["tokens"].shape
+        torch.testing.assert_close(found, want)
+    # The oldest first, with its likes: 30 takes 16, which is one run less; of the others 3 takes 1, 2 and 5. 40 is longer
+    # than every bucket: alone, and unpadded.
+    assert texts == [(2, 30), (4, 5), (1, 40), (2, 32), (1, 8)]
+    thread.call(lambda: None).result()
+    assert sum(len(record.waits_s) for record in records) == len(works)
+
+
+def test_the_oldest_request_never_waits_for_better_fitting_ones(
+    thread: ModelThread, texts: list[tuple[int, ...]]
+) -> None:
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    futures = [thread.submit(text(32))] + [thread.submit(text(8)) for _ in range(20)]
+    blocked.set()
+    for future in futures:
+        future.result()
+    assert texts[0] == (1, 32)
 
 
 def test_a_broken_device_stops_the_thread_for_good(thread: ModelThread) -> None:

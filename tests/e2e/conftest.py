@@ -1,4 +1,4 @@
-"""One `serve run` for all end-to-end tests: the shipped configuration, and small models beside it."""
+"""One server for all end-to-end tests, started as `make serve` does: the shipped configuration, and small models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 
 
-def _application(name: str, args: dict[str, Any]) -> dict[str, Any]:
+def make_application(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Return one application of a configuration file, at /{name}."""
     return {
         "name": name,
         "route_prefix": f"/{name}",
@@ -33,19 +34,29 @@ def _application(name: str, args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+#: Where HAProxy's statistics and metrics go.
+STATS, METRICS = "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"
 EAGER = {"compile": {"enable": False}}
 SMALL_MODELS = [
-    _application(
+    make_application(
         "tiny",
         {
             "model": "tests.support.servables:Tiny",
             "pt2": {"compile": {"backend": "pt2test_faithful", "only_if_faster": False}},
         },
     ),
-    _application("broken", {"model": "tests.support.servables:Tiny", "pt2": "pt2test_raises_at_call"}),
-    _application("picky", {"model": "tests.support.servables:PickyServable", "pt2": EAGER}),
-    _application("fragile", {"model": "tests.support.servables:FragileServable", "pt2": EAGER}),
-    _application(
+    make_application("broken", {"model": "tests.support.servables:Tiny", "pt2": "pt2test_raises_at_call"}),
+    make_application("picky", {"model": "tests.support.servables:PickyServable", "pt2": EAGER}),
+    make_application("fragile", {"model": "tests.support.servables:FragileServable", "pt2": EAGER}),
+    make_application(
+        "sentences",
+        {
+            "model": "deployments.text:SentenceEncoder",
+            "pt2": {"compile": {"backend": "openvino", "only_if_faster": False}},
+            "batching": {"batch_sizes": [1, 4], "lengths": [16, 64]},
+        },
+    ),
+    make_application(
         "slow",
         {
             "model": "tests.support.servables:PickyServable",
@@ -63,6 +74,7 @@ class Server:
 
     process: subprocess.Popen[bytes]
     port: int
+    config: Path
     log: Path
     env: dict[str, str]
     """With this environment, `ray.init(address="auto")` finds this server's Ray and no other."""
@@ -104,7 +116,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Run `serve run` with the shipped configuration on a free port, the small models added."""
+    """Serve the shipped configuration on a free port, the small models added."""
     folder = tmp_path_factory.mktemp("e2e")
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
@@ -114,17 +126,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = folder / "serve.log"
     # Not under pytest's folder: Ray's sockets lie in it, and their paths may have 107 characters.
     ray_folder = tempfile.mkdtemp(prefix="ray-e2e-")
-    env = {**os.environ, "RAY_TMPDIR": ray_folder}
+    env = {**os.environ, "RAY_TMPDIR": ray_folder, STATS: str(free_port()), METRICS: str(free_port())}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "serve"), "run", str(path)],
+            [sys.executable, "-m", "deployments.run", str(path)],
             cwd=ROOT,
             env=env,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = Server(process, port, log, env)
+    server = Server(process, port, path, log, env)
     try:
         for application in config["applications"]:
             server.wait_until_ready(application["route_prefix"].rstrip("/"))

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from deployments.admission import Admission
 from deployments.args import ModelArgs
 from deployments.model_thread import ModelThread, Work
 from deployments.service import ModelService
-from optim import compile_model
+from optim import CompiledModel, compile_model
 from optim.shapes import Inputs
 
 
@@ -30,15 +31,18 @@ def serve_locally(args: dict[str, Any]) -> Iterator[ModelService]:
             parsed.pt2,
             batch_sizes=batching.batch_sizes,
             lengths=batching.lengths,
+            token_budget=batching.token_budget_on("cpu"),
             device="cpu",
         )
         thread.serve(model)
         thread.model = model  # type: ignore[attr-defined]
 
-    async def run(inputs: Inputs, rows: int) -> Any:
-        return await asyncio.wrap_future(thread.submit(Work(inputs, rows)))
+    async def run(inputs: Inputs, rows: int, deadline: float | None) -> Any:
+        return await asyncio.wrap_future(thread.submit(Work(inputs, rows, deadline)))
 
     thread.call(load).result()
     with ThreadPoolExecutor(2) as pool:
-        yield ModelService(parsed, servable, thread.model, run, pool, lambda: thread.failure)  # type: ignore[attr-defined]
+        admission = Admission(parsed.batching.max_queue, parsed.limits.bytes_in_flight)
+        model: CompiledModel = thread.model  # type: ignore[attr-defined]
+        yield ModelService(parsed, servable, model, run, pool, admission, lambda: thread.failure)
         thread.close()

@@ -1,0 +1,108 @@
+"""Clients for serving benchmarks: closed and open loops over keep-alive connections, every reply looked at."""
+
+from __future__ import annotations
+
+import http.client
+import queue
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Says whether a reply to a payload (by its place) is right.
+Check = Callable[[int, bytes], bool]
+
+
+@dataclass
+class Load:
+    """What a run of clients found: seconds by request, and what went wrong."""
+
+    seconds: float
+    taken: list[float] = field(default_factory=list)
+    failed: list[Any] = field(default_factory=list)
+    wrong: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return len(self.taken) / self.seconds
+
+    def ms(self, percent: float) -> float:
+        """Return a percentile of the latency, ms."""
+        if not self.taken:
+            return float("nan")
+        if percent == 50:
+            return statistics.median(self.taken) * 1e3
+        return statistics.quantiles(self.taken, n=1000)[round(percent * 10) - 1] * 1e3
+
+
+class _Client:
+    def __init__(self, port: int, path: str, payloads: Sequence[bytes], check: Check, load: Load) -> None:
+        self._path, self._payloads, self._check, self._load = path, payloads, check, load
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+
+    def ask(self, index: int, since: float) -> None:
+        try:
+            self._connection.request("POST", self._path, self._payloads[index])
+            reply = self._connection.getresponse()
+            body = reply.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._load.failed.append(type(error).__name__)
+            self._connection.close()
+            return
+        if reply.status != 200:
+            self._load.failed.append(reply.status)
+            return
+        self._load.taken.append(time.perf_counter() - since)
+        if not self._check(index, body):
+            self._load.wrong += 1
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def closed_loop(port: int, path: str, payloads: Sequence[bytes], check: Check, clients: int, seconds: float) -> Load:
+    """Let each client ask again as soon as it has its answer."""
+    load = Load(seconds)
+    end = time.perf_counter() + seconds
+
+    def run(number: int) -> None:
+        client, dice = _Client(port, path, payloads, check, load), random.Random(number)
+        while (begin := time.perf_counter()) < end:
+            client.ask(dice.randrange(len(payloads)), begin)
+        client.close()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return load
+
+
+def open_loop(port: int, path: str, payloads: Sequence[bytes], check: Check, rate: float, seconds: float) -> Load:
+    """Send requests at random times, `rate` a second, whether answers come or not; latency counts from that time."""
+    load, dice = Load(seconds), random.Random(7)
+    waiting: queue.SimpleQueue[tuple[int, float] | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        client = _Client(port, path, payloads, check, load)
+        while (job := waiting.get()) is not None:
+            client.ask(*job)
+        client.close()
+
+    threads = [threading.Thread(target=run) for _ in range(64)]
+    for thread in threads:
+        thread.start()
+    begin = due = time.perf_counter()
+    while (due := due + dice.expovariate(rate)) < begin + seconds:
+        time.sleep(max(due - time.perf_counter(), 0))
+        waiting.put((dice.randrange(len(payloads)), due))
+    for _ in threads:
+        waiting.put(None)
+    for thread in threads:
+        thread.join()
+    return load

