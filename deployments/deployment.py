@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -14,6 +13,7 @@ from ray import serve
 
 from deployments.admission import Admission
 from deployments.args import ModelArgs
+from deployments.host_pool import make_host_pool
 from deployments.http import make_app
 from deployments.metrics import ModelMetrics
 from deployments.model_thread import ModelThread, Work, fail
@@ -41,7 +41,7 @@ class ModelReplica:
         self._args = args
         self._metrics = ModelMetrics(args.name or "")
         self._servable = args.make_servable()
-        self._host_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="host-work")
+        self._host_pool = make_host_pool(max(2, _own_resources(None)[1]))
         self._thread = ModelThread(args.name or "", self._metrics.record_batch)
         self._model = await asyncio.wrap_future(self._thread.call(self._load))
         self._metrics.record_report(self._model.report)

@@ -200,8 +200,8 @@ def test_texts_of_any_length_get_their_own_answers(
         want, found = module(*work.inputs), future.result()
         assert found["tokens"].shape == want["tokens"].shape
         torch.testing.assert_close(found, want)
-    # The oldest first, with its likes: 30 takes 16, which is one run less; of the others 3 takes 1, 2 and 5. 40 is longer
-    # than every bucket: alone, and unpadded.
+    # The oldest first, with its likes: 30 takes 16, which is one run less; of the others 3 takes 1, 2 and 5.
+    # 40 is longer than every bucket: alone, and unpadded.
     assert texts == [(2, 30), (4, 5), (1, 40), (2, 32), (1, 8)]
     thread.call(lambda: None).result()
     assert sum(len(record.waits_s) for record in records) == len(works)

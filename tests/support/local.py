@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from deployments.admission import Admission
 from deployments.args import ModelArgs
+from deployments.host_pool import make_host_pool
 from deployments.model_thread import ModelThread, Work
 from deployments.service import ModelService
 from optim import CompiledModel, compile_model
@@ -41,7 +41,7 @@ def serve_locally(args: dict[str, Any]) -> Iterator[ModelService]:
         return await asyncio.wrap_future(thread.submit(Work(inputs, rows, deadline)))
 
     thread.call(load).result()
-    with ThreadPoolExecutor(2) as pool:
+    with make_host_pool() as pool:
         admission = Admission(parsed.batching.max_queue, parsed.limits.bytes_in_flight)
         model: CompiledModel = thread.model  # type: ignore[attr-defined]
         yield ModelService(parsed, servable, model, run, pool, admission, lambda: thread.failure)
