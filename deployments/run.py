@@ -8,6 +8,7 @@ same file works as well, through the Python proxy; so does this one with RAY_SER
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import sys
@@ -22,6 +23,8 @@ from deployments.check import main as check
 _SCRIPT = Path(__file__).with_name("haproxy.sh")
 #: Ray Serve's own ports for HAProxy's statistics and metrics; taken where they are free.
 _PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+#: A socket's path has 107 characters; Ray Serve adds a port, a node's name of 56, and a file's of 12 to the folder's.
+_LONGEST_BASE = 107 - len("/65535/") - 56 - len("/metrics.sock")
 
 
 def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -53,7 +56,7 @@ def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str
     for name, file in files.items():
         made.setdefault(name, str(folder / file))
     for name, usual in _PORTS.items():
-        made.setdefault(name, str(_free_port(usual)))
+        made.setdefault(name, str(_find_free(usual) or _find_free(0)))
     made["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_SCRIPT)
     made["PT2_SERVE_HAPROXY"] = program
     return made
@@ -70,25 +73,30 @@ def _find_haproxy() -> str | None:
 
 def _make_folder(port: int) -> Path:
     """Return a folder that only this user can look into; Ray Serve's own is the same for everybody."""
-    base = Path(tempfile.gettempdir()) / f"pt2-serve-{os.getuid()}"
+    name = f"pt2-serve-{os.getuid()}"
+    base = Path(tempfile.gettempdir()) / name
+    if len(str(base)) > _LONGEST_BASE:
+        base = Path("/tmp") / name
     base.mkdir(mode=0o700, exist_ok=True)
     found = base.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise PermissionError(f"{base} is not a folder that only this user can read and write; remove it")
     folder = base / str(port)
+    if _find_free(port):  # else another server is using the folder, and this one will not get its port
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
-def _free_port(usual: int) -> int:
-    for port in (usual, 0):
-        with socket.socket() as found:
-            try:
-                found.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(found.getsockname()[1])
-    raise OSError("no free port on 127.0.0.1")
+def _find_free(port: int) -> int | None:
+    """Return the port, any for 0, or None where it is taken."""
+    with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind(("127.0.0.1", port))
+        except OSError:
+            return None
+        return int(found.getsockname()[1])
 
 
 def main(arguments: list[str]) -> int:

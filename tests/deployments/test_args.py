@@ -71,7 +71,7 @@ def test_build_makes_the_deployment_that_the_configuration_names() -> None:
 
 def test_lengths_come_from_the_servable_where_none_are_given() -> None:
     encoder = {"model": "deployments.text:SentenceEncoder"}
-    assert ModelArgs.parse(encoder).batching.lengths == [16, 32, 48, 64, 96, 128, 160, 192, 224, 256]
+    assert ModelArgs.parse(encoder).batching.lengths == [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256]
     assert ModelArgs.parse({**encoder, "model_args": {"max_length": 40}}).batching.lengths == [16, 32, 40]
     assert ModelArgs.parse({**encoder, "batching": {"lengths": [64]}}).batching.lengths == [64]
     assert ModelArgs.parse({"model": TINY}).batching.lengths is None
