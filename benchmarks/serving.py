@@ -64,10 +64,11 @@ def make_photos() -> list[bytes]:
 
 
 def make_texts() -> list[bytes]:
-    """Return 128 texts of 5 to 200 tokens, every length as likely as another."""
+    """Return 128 texts of 5 to 200 tokens, 53 on average: twice as long is half as likely."""
     dice = random.Random(5)
     words = _SENTENCE.split()
-    return [" ".join(dice.choices(words, k=dice.randint(3, 198))).encode() for _ in range(128)]
+    lengths = [round(5 * 40 ** dice.random()) - 2 for _ in range(128)]  # without the two tokens around a text
+    return [" ".join(dice.choices(words, k=length)).encode() for length in lengths]
 
 
 def make_servers(workload: str, threads: int, budget_s: float) -> dict[str, Callable[[], AbstractContextManager[Any]]]:

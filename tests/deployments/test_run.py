@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deployments.run import main, make_environment
+
+SCRIPT = Path(__file__).parents[2] / "deployments" / "haproxy.sh"
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    short = Path("/tmp") / f"pt2-{os.getpid()}"  # pytest's own folder is too long for the path of a socket
+    short.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(short))
+    yield short
+    shutil.rmtree(short)
+
+
+def test_haproxys_files_are_this_users_alone(temporary: Path) -> None:
+    found = make_environment(8123, {"HOME": "/somewhere"})
+    folder = temporary / f"pt2-serve-{os.getuid()}" / "8123"
+    assert found["HOME"] == "/somewhere"
+    assert found["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert found["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(SCRIPT)
+    assert os.access(found["PT2_SERVE_HAPROXY"], os.X_OK)
+    files = [Path(value) for key, value in found.items() if key.endswith(("_PATH", "_LOC", "_BASE", "_FILE"))]
+    assert {f if f.suffix == ".sh" else folder for f in files} == {SCRIPT, folder}
+    for path in (folder, folder.parent):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    (folder / "left-over").touch()
+    make_environment(8123, {})
+    assert not (folder / "left-over").exists()
+    folder.parent.chmod(0o755)
+    with pytest.raises(PermissionError, match="is not a folder that only this user"):
+        make_environment(8123, {})
+
+
+def test_what_the_caller_has_set_stays(temporary: Path) -> None:
+    plain = {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    assert "RAY_SERVE_HAPROXY_BINARY_PATH" not in make_environment(8123, plain)
+    own = {"RAY_SERVE_HAPROXY_STATS_PORT": "5", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1"}
+    assert own.items() <= make_environment(8123, own).items()
+    assert list(temporary.iterdir()) == [temporary / f"pt2-serve-{os.getuid()}"]
+
+
+def run_script(config: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PT2_SERVE_HAPROXY": "/bin/cat"}
+    return subprocess.run([SCRIPT, "-f", str(config)], env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_script_closes_what_ray_serve_leaves_open(tmp_path: Path) -> None:
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "global\n    stats socket /tmp/x.sock mode 666 level admin expose-fd listeners\nfrontend prometheus\n"
+        "    bind :9101\nfrontend http\n    bind 0.0.0.0:8000\nlisten stats\n  bind *:8404\n"
+    )
+    # `-f` is an option of neither cat nor this test: what matters is the file that the program is handed.
+    run_script(config)
+    assert config.read_text() == (
+        "global\n    stats socket /tmp/x.sock mode 600 level admin expose-fd listeners\nfrontend prometheus\n"
+        "    bind 127.0.0.1:9101\nfrontend http\n    bind 0.0.0.0:8000\nlisten stats\n  bind 127.0.0.1:8404\n"
+    )
+    config.write_text("  bind [::]:9101\n")  # a later Ray Serve may write what the script does not know
+    done = run_script(config)
+    assert done.returncode == 1
+    assert "still opens something to everybody; not started" in done.stderr
+
+
+def test_a_mistake_ends_it_before_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("applications: []\nhttp_option: {}\n")
+    assert main([str(path)]) == 1
+    assert "http_option: there is no such key" in capsys.readouterr().err
