@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -66,13 +65,16 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None) 
     try:
         yield Server(process, log)
     finally:
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
+        tree = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
+            tree = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()  # not SIGINT, which a process started in the background ignores
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
         for left in tree:
             with contextlib.suppress(psutil.Error):
                 left.kill()
+        process.kill()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 

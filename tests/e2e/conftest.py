@@ -114,6 +114,11 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def haproxy_folder(port: int) -> Path:
+    """Return where the files of a server's HAProxy are."""
+    return Path(tempfile.gettempdir()) / f"pt2-serve-{os.getuid()}" / str(port)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serve the shipped configuration on a free port, the small models added."""
@@ -149,3 +154,4 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         shutil.rmtree(ray_folder, ignore_errors=True)
+        shutil.rmtree(haproxy_folder(port), ignore_errors=True)

@@ -10,7 +10,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from PIL import Image, ImageOps
 from deployments.text import SentenceEncoder
 from deployments.vision import ImageClassifier
 from optim.device import inspect_device
-from tests.e2e.conftest import METRICS, ROOT, STATS, Server
+from tests.e2e.conftest import METRICS, ROOT, STATS, Server, haproxy_folder
 
 pytestmark = [
     pytest.mark.e2e,
@@ -257,7 +256,7 @@ def test_serving_listens_on_loopback_alone(server: Server) -> None:
             if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == port
         }
         assert addresses == {"0100007F"}, (port, ports)
-    folder = Path(tempfile.gettempdir()) / f"pt2-serve-{os.getuid()}" / str(server.port)
+    folder = haproxy_folder(server.port)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     (admin,) = folder.rglob("admin.sock")
     assert stat.S_IMODE(admin.stat().st_mode) == 0o600
