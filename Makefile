@@ -10,7 +10,7 @@ endif
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
 
-.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving clean
+.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving bench-hop clean
 
 install: .venv/.installed
 install-latest: .venv-latest/.installed
@@ -49,14 +49,17 @@ format: .venv/.installed
 	.venv/bin/ruff format .
 
 # Print the README's tables of figures, measured here; about half an hour.
-bench: bench-engines bench-serving
+bench: bench-engines bench-serving bench-hop
 
 bench-engines: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.engines --threads 2 --plot benchmarks/engines.png
 	.venv/bin/python -W ignore -m benchmarks.engines --threads 1 --models efficientnet-lite0
 
 bench-serving: .venv/.bench-installed
-	.venv/bin/python -m benchmarks.serving
+	.venv/bin/python -W ignore -m benchmarks.serving
+
+bench-hop: .venv/.bench-installed
+	.venv/bin/python -W ignore -m benchmarks.hop
 
 # What benchmarks alone need.
 .venv/.bench-installed: .venv/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -34,6 +35,9 @@ def make_application(name: str, args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+#: A request to the small models.
+ROW = json.dumps([0.5, -1, 2, 0, 1, 3, -2, 0.25]).encode()
+JSON = {"Content-Type": "application/json"}
 #: Where HAProxy's statistics and metrics go.
 STATS, METRICS = "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"
 EAGER = {"compile": {"enable": False}}
@@ -117,6 +121,24 @@ def free_port() -> int:
 def haproxy_folder(port: int) -> Path:
     """Return where the files of a server's HAProxy are."""
     return Path(tempfile.gettempdir()) / f"pt2-serve-{os.getuid()}" / str(port)
+
+
+def describe(server: Server, path: str) -> dict[str, Any]:
+    """Return the compile report that a model's description holds."""
+    status, _, body = server.request(path)
+    assert status == 200
+    (description,) = json.loads(body)
+    report: dict[str, Any] = description["compileReport"]
+    return report
+
+
+def pid_of(server: Server, name: str) -> int | None:
+    """Return the process of the replica that answers, or None while none does."""
+    try:
+        status, _, body = server.request(f"/{name}/predictions/{name}", ROW, JSON)
+    except OSError:
+        return None
+    return int(json.loads(body)["pid"]) if status == 200 else None
 
 
 @pytest.fixture(scope="session")

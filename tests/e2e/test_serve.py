@@ -6,17 +6,13 @@ import io
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +21,7 @@ from PIL import Image, ImageOps
 from deployments.text import SentenceEncoder
 from deployments.vision import ImageClassifier
 from optim.device import inspect_device
-from tests.e2e.conftest import METRICS, ROOT, STATS, Server, haproxy_folder
+from tests.e2e.conftest import JSON, METRICS, ROOT, ROW, STATS, Server, describe, haproxy_folder, pid_of
 
 pytestmark = [
     pytest.mark.e2e,
@@ -35,8 +31,6 @@ pytestmark = [
 ]
 
 PREDICT = "/predictions/image-classifier"
-ROW = json.dumps([0.5, -1, 2, 0, 1, 3, -2, 0.25]).encode()
-JSON = {"Content-Type": "application/json"}
 
 
 def photos() -> list[bytes]:
@@ -56,14 +50,6 @@ def photos() -> list[bytes]:
         view.save(buffer, kind)
         encoded.append(buffer.getvalue())
     return encoded
-
-
-def describe(server: Server, path: str) -> dict[str, Any]:
-    status, _, body = server.request(path)
-    assert status == 200
-    (description,) = json.loads(body)
-    report: dict[str, Any] = description["compileReport"]
-    return report
 
 
 def test_the_model_was_compiled_for_every_bucket_before_the_first_request(server: Server) -> None:
@@ -212,15 +198,6 @@ def test_a_full_queue_is_answered_at_once_with_retry_after(server: Server) -> No
     assert status == 200
 
 
-def pid_of(server: Server, name: str) -> int | None:
-    """Return the process of the replica that answers, or None while none does."""
-    try:
-        status, _, body = server.request(f"/{name}/predictions/{name}", ROW, JSON)
-    except OSError:
-        return None
-    return int(json.loads(body)["pid"]) if status == 200 else None
-
-
 def wait_for_another_replica(server: Server, name: str, first: int) -> None:
     deadline = time.monotonic() + 600
     while pid_of(server, name) in (None, first):
@@ -275,90 +252,6 @@ def test_embeddings_of_any_mix_are_eagers(server: Server) -> None:
         with torch.no_grad():
             want = network(*(t.unsqueeze(0) for t in encoder.preprocess(text)))[0]
         torch.testing.assert_close(torch.tensor(json.loads(body)), want, rtol=0, atol=1e-5)
-
-
-def test_a_deadline_is_answered_in_the_protocols_own_shape(server: Server) -> None:
-    headers = {**JSON, "x-request-timeout-seconds": "0.2"}
-    status, _, body = server.request("/slow/predictions/slow", ROW, headers)  # it takes 0.5 s
-    assert (status, json.loads(body)["type"]) == (408, "RequestTimeoutException"), body
-
-
-def slow_runs(server: Server) -> int:
-    return int(describe(server, "/slow/models/slow")["after_ready"]["calls"])
-
-
-def test_callers_that_go_away_cost_the_others_nothing(server: Server) -> None:
-    before = slow_runs(server)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(server.request, "/slow/predictions/slow", ROW, JSON)
-        gone = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
-        time.sleep(0.2)  # the first one runs
-        for caller in gone:
-            head = f"POST /slow/predictions/slow HTTP/1.1\r\nHost: x\r\nContent-Length: {len(ROW)}\r\n"
-            caller.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + ROW)
-        time.sleep(0.1)
-        for caller in gone:
-            caller.close()
-        time.sleep(0.1)
-        last = pool.submit(server.request, "/slow/predictions/slow", ROW, JSON)
-        assert (first.result()[0], last.result()[0]) == (200, 200)
-    # The queue holds three: the last one was let in because those who left gave their places back.
-    assert slow_runs(server) - before == 2
-
-
-CHANGE = """
-import sys, yaml, ray
-from ray import serve
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
-ray.init(address="auto", namespace="serve", log_to_driver=False)
-config = yaml.safe_load(open(sys.argv[1]))
-for application in config["applications"]:
-    if application["name"] == sys.argv[2]:
-        application["deployments"][0]["user_config"] = yaml.safe_load(sys.argv[3])
-_get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
-"""
-
-
-def test_a_hot_change_restarts_nothing_and_fails_no_request(server: Server) -> None:
-    def change(user_config: str) -> None:
-        command = [sys.executable, "-W", "ignore", "-c", CHANGE, str(server.config), "tiny", user_config]
-        subprocess.run(command, cwd=ROOT, env=server.env, check=True)
-
-    def settings() -> tuple[float, int]:
-        (found,) = json.loads(server.request("/tiny/models/tiny")[2])
-        return found["maxBatchDelay"], found["jobQueueSize"]
-
-    def wait_for(what: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not what():
-            assert time.monotonic() < deadline, (settings(), server.log.read_text()[-3000:])
-            time.sleep(0.2)
-
-    first = pid_of(server, "tiny")
-    stop = threading.Event()
-
-    def ask() -> Counter[int]:
-        found: Counter[int] = Counter()
-        while not stop.is_set():
-            found[server.request("/tiny/predictions/tiny", ROW, JSON)[0]] += 1
-        return found
-
-    with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask) for _ in range(4)]
-        try:
-            assert settings() == (0.0, 64)
-            change("{wait_ms: 3, max_queue: 32}")
-            wait_for(lambda: settings() == (3.0, 32))
-            change("{wait_ms: 5, batch_sizes: [1]}")
-            wait_for(lambda: "the change of user_config is refused" in server.log.read_text())
-            assert settings() == (3.0, 32)
-            assert "user_config.batch_sizes: [1] is not allowed" in server.log.read_text()
-        finally:
-            stop.set()
-        answers = sum((found.result() for found in asking), Counter())
-    assert set(answers) == {200}
-    assert pid_of(server, "tiny") == first
 
 
 def test_what_was_accepted_is_answered_when_the_application_is_deleted(server: Server) -> None:
