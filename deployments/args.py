@@ -126,6 +126,16 @@ class ModelArgs:
         """Ray Serve's limit for a replica: more than the queue, so that what is over is answered 503 at once."""
         return self.batching.max_queue + EXTRA_REQUESTS
 
+    def check_target_ongoing_requests(self, value: float) -> None:
+        """Raise ConfigError where a replica's queue would be full before Ray Serve adds another replica."""
+        most = self.batching.max_queue
+        if value > most:
+            raise ConfigError(
+                "autoscaling_config.target_ongoing_requests",
+                value,
+                f"use {most} (batching.max_queue) or less: what is over that is answered 503, and adds no replica",
+            )
+
     def check_max_ongoing_requests(self, value: int) -> None:
         """Raise ConfigError where Ray Serve's limit would keep the queue, or a bucket, from filling."""
         least = self.batching.max_queue + 1

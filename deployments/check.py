@@ -58,9 +58,13 @@ def _check_application(where: str, application: Mapping[str, Any]) -> list[str]:
         here = f"{where}.deployments[{j}]"
         if deployment.get("name") != args.name:
             found.append(f"{here}.name: {deployment.get('name')!r} is not allowed; this model's is {args.name!r}")
+        scaling = deployment.get("autoscaling_config")
+        target = scaling.get("target_ongoing_requests") if isinstance(scaling, Mapping) else None
         try:
             if isinstance(deployment.get("max_ongoing_requests"), int):
                 args.check_max_ongoing_requests(deployment["max_ongoing_requests"])
+            if isinstance(target, int | float):
+                args.check_target_ongoing_requests(target)
             args.with_user_config(deployment.get("user_config"))
         except ConfigError as error:
             found.append(f"{here}.{error}")

@@ -13,8 +13,10 @@ for argument in "$@"; do
     previous=$argument
 done
 if [ -n "$config" ]; then
-    sed -i -e 's/^\( *bind \)[*]\{0,1\}:/\1127.0.0.1:/' -e '/^ *stats socket /s/ mode 666 / mode 600 /' "$config"
-    if grep -Eq '^ *bind ([*]?:|\[)|^ *stats socket .* mode 666 ' "$config"; then
+    sed -e 's/^\( *bind \)[*]\{0,1\}:\([0-9]*\)$/\1127.0.0.1:\2/' -e '/^ *stats socket /s/ mode 666 / mode 600 /' \
+        "$config" > "$config.closed"
+    mv "$config.closed" "$config"
+    if grep -Eq '^ *bind ([*]?:[0-9]+( |$)|\[::\]:)|^ *stats socket .* mode 666 ' "$config"; then
         echo "haproxy.sh: $config still opens something to everybody; not started" >&2
         exit 1
     fi

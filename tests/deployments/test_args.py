@@ -128,6 +128,11 @@ def test_the_shipped_configuration_is_right() -> None:
             "deployments[0].max_ongoing_requests: 8 is not allowed; leave it out (128 is derived",
         ),
         (
+            "target_ongoing_requests: 8",
+            "target_ongoing_requests: 65",
+            "deployments[0].autoscaling_config.target_ongoing_requests: 65 is not allowed; use 64 (batching.max_queue)",
+        ),
+        (
             "num_cpus: 1}",
             "num_cpus: 1}\n        user_config: {batch_sizes: [1]}",
             "deployments[0].user_config.batch_sizes: [1] is not allowed; there is no such key",

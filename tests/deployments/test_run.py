@@ -59,18 +59,19 @@ def test_the_script_closes_what_ray_serve_leaves_open(tmp_path: Path) -> None:
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         "global\n    stats socket /tmp/x.sock mode 666 level admin expose-fd listeners\nfrontend prometheus\n"
-        "    bind :9101\nfrontend http\n    bind 0.0.0.0:8000\nlisten stats\n  bind *:8404\n"
+        "    bind :9101\nfrontend http\n    bind 0.0.0.0:8000\n    bind ::1:8000\nlisten stats\n  bind *:8404\n"
     )
     # `-f` is an option of neither cat nor this test: what matters is the file that the program is handed.
     run_script(config)
     assert config.read_text() == (
         "global\n    stats socket /tmp/x.sock mode 600 level admin expose-fd listeners\nfrontend prometheus\n"
-        "    bind 127.0.0.1:9101\nfrontend http\n    bind 0.0.0.0:8000\nlisten stats\n  bind 127.0.0.1:8404\n"
+        "    bind 127.0.0.1:9101\nfrontend http\n    bind 0.0.0.0:8000\n    bind ::1:8000\nlisten stats\n  bind 127.0.0.1:8404\n"
     )
-    config.write_text("  bind [::]:9101\n")  # a later Ray Serve may write what the script does not know
-    done = run_script(config)
-    assert done.returncode == 1
-    assert "still opens something to everybody; not started" in done.stderr
+    for line in ("  bind [::]:9101\n", "  bind :9101 v4v6\n"):  # a later Ray Serve may write what is not known here
+        config.write_text(line)
+        done = run_script(config)
+        assert done.returncode == 1
+        assert "still opens something to everybody; not started" in done.stderr
 
 
 def test_a_mistake_ends_it_before_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
