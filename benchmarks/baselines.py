@@ -1,11 +1,12 @@
 """What people run without us, for comparison: Ray Serve with `@serve.batch` as documented, and no batching at all.
 
-Both eager, with the servables of this package for pre- and postprocessing, so that the difference is the serving.
+With the servables of this package for pre- and postprocessing, so that the difference is serving and compiling.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,14 +24,16 @@ SERVABLES: dict[str, type[Servable]] = {"photos": ImageClassifier, "texts": Sent
 
 
 class Eager:
-    """A servable's model, eager, on lists of bodies; texts are padded to the longest."""
+    """A servable's model, eager or with torch.compile, on lists of bodies; texts are padded to the longest."""
 
-    def __init__(self, workload: str, threads: int) -> None:
+    def __init__(self, workload: str, threads: int, *, compiled: bool = False) -> None:
         torch.set_num_threads(threads)
         self._servable = SERVABLES[workload]()
         self._model = self._servable.load().eval()
+        if compiled:
+            self._model.compile()
 
-    def __call__(self, bodies: list[bytes]) -> list[Any]:
+    def __call__(self, bodies: Sequence[bytes]) -> list[Any]:
         """Answer every body."""
         rows = [self._servable.preprocess(body) for body in bodies]
         columns = zip(*rows, strict=True)

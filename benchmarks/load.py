@@ -16,6 +16,15 @@ from typing import Any
 Check = Callable[[int, bytes], bool]
 
 
+_BOUNDARY = b"--pt2-serve-benchmark"
+
+
+def make_form(payload: bytes) -> bytes:
+    """Return a body as a form's file `data`, for servers that take nothing else."""
+    head = b'\r\nContent-Disposition: form-data; name="data"; filename="data"\r\n\r\n'
+    return _BOUNDARY + head + payload + b"\r\n" + _BOUNDARY + b"--\r\n"
+
+
 @dataclass
 class Load:
     """What a run of clients found: seconds by request, and what went wrong."""
@@ -42,11 +51,13 @@ class Load:
 class _Client:
     def __init__(self, port: int, path: str, payloads: Sequence[bytes], check: Check, load: Load) -> None:
         self._path, self._payloads, self._check, self._load = path, payloads, check, load
+        form = payloads[0].startswith(_BOUNDARY)
+        self._headers = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY[2:].decode()}"} if form else {}
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
 
     def ask(self, index: int, since: float) -> None:
         try:
-            self._connection.request("POST", self._path, self._payloads[index])
+            self._connection.request("POST", self._path, self._payloads[index], self._headers)
             reply = self._connection.getresponse()
             body = reply.read()
         except (OSError, http.client.HTTPException) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from typing import Any
 
 import psutil
 import yaml
+
+from benchmarks.load import closed_loop
 
 ROOT = Path(__file__).parents[1]
 PORT = 8311
@@ -41,13 +42,8 @@ class Server:
         """Wait until a request is answered; RuntimeError with the log where the server ends before."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end and self.process.poll() is None:
-            try:
-                connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
-                connection.request("POST", path, payload)
-                if connection.getresponse().status == 200:
-                    return
-            except (OSError, http.client.HTTPException):
-                pass
+            if closed_loop(PORT, path, [payload], lambda i, body: True, 1, 0.001).taken:
+                return
             time.sleep(0.5)
         raise RuntimeError(f"the server does not answer:\n{self.log.read_text()[-3000:]}")
 

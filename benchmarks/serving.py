@@ -7,68 +7,18 @@ Every reply is compared with eager's. The clients run on the same machine.
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import random
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from PIL import Image
-
-from benchmarks.baselines import SERVABLES, Eager
-from benchmarks.load import Load, closed_loop, open_loop
+from benchmarks.baselines import SERVABLES
+from benchmarks.load import Load, closed_loop, make_form, open_loop
 from benchmarks.machine import describe_machine
-from benchmarks.servers import PORT, ROOT, Server, serve_run, start
+from benchmarks.servers import PORT, Server, serve_run, start
+from benchmarks.workloads import Workload
 
 OURS = "pt2-serve"
-_SENTENCE = "the cat sat on a mat and looked at two large dogs that did not care about it in any way at all"
-
-
-@dataclass
-class Workload:
-    """Requests, and what eager answers to them."""
-
-    name: str
-    payloads: list[bytes]
-    answers: list[Any]
-
-    @classmethod
-    def make(cls, name: str) -> Workload:
-        """Make the requests, and ask eager."""
-        payloads = make_photos() if name == "photos" else make_texts()
-        eager = Eager(name, torch.get_num_threads())
-        return cls(name, payloads, [eager([payload])[0] for payload in payloads])
-
-    def check(self, index: int, body: bytes) -> bool:
-        """Say whether a reply is eager's, up to 1e-3."""
-        want, found = self.answers[index], json.loads(body)
-        if isinstance(want, dict):
-            same: bool = next(iter(want)) == next(iter(found)) and set(want) == set(found)
-            return same and all(abs(want[key] - found[key]) < 1e-3 for key in want)
-        return len(want) == len(found) and all(abs(a - b) < 1e-3 for a, b in zip(want, found, strict=True))
-
-
-def make_photos() -> list[bytes]:
-    """Return the sample photo in sixteen other views, as JPEG of about its size."""
-    cat = Image.open(ROOT / "examples" / "cat.jpg").convert("RGB")
-    payloads = []
-    for turn in range(16):
-        buffer = io.BytesIO()
-        cat.rotate(3 * turn - 24).save(buffer, "JPEG", quality=90)
-        payloads.append(buffer.getvalue())
-    return payloads
-
-
-def make_texts() -> list[bytes]:
-    """Return 128 texts of 5 to 200 tokens, 53 on average: twice as long is half as likely."""
-    dice = random.Random(5)
-    words = _SENTENCE.split()
-    lengths = [round(5 * 40 ** dice.random()) - 2 for _ in range(128)]  # without the two tokens around a text
-    return [" ".join(dice.choices(words, k=length)).encode() for length in lengths]
 
 
 def make_servers(workload: str, threads: int, budget_s: float) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
@@ -104,17 +54,33 @@ def make_servers(workload: str, threads: int, budget_s: float) -> dict[str, Call
         with serve_run(application) as server:
             yield server, "/predictions/bench"
 
-    return {"Ray Serve, eager, `@serve.batch`": plain, "Starlette, eager, unbatched": unbatched, OURS: ours}
+    def lit(*flags: str) -> Callable[[], AbstractContextManager[Any]]:
+        @contextmanager
+        def begin() -> Iterator[tuple[Server, str]]:
+            options = [workload, "--threads", str(threads), "--port", str(PORT), *flags]
+            with start(["-m", "benchmarks.lit", *options]) as server:
+                yield server, "/predict"
+
+        return begin
+
+    return {
+        "Ray Serve, eager, `@serve.batch`": plain,
+        "LitServe, eager": lit(),
+        "LitServe, torch.compile": lit("--compiled"),
+        "Starlette, eager, unbatched": unbatched,
+        OURS: ours,
+    }
 
 
 def measure(workload: Workload, server: Server, path: str, options: argparse.Namespace) -> list[tuple[Load, float]]:
     """Return what each number of clients found, and the server's CPU ms a request."""
-    server.wait(path, workload.payloads[0])
-    closed_loop(PORT, path, workload.payloads, workload.check, 4, 3.0)
+    payloads = [make_form(p) for p in workload.payloads] if path == "/predict" else workload.payloads
+    server.wait(path, payloads[0])
+    closed_loop(PORT, path, payloads, workload.check, 4, 3.0)
     found = []
     for clients in options.clients:
         before = server.cpu_s()
-        load = closed_loop(PORT, path, workload.payloads, workload.check, clients, options.seconds)
+        load = closed_loop(PORT, path, payloads, workload.check, clients, options.seconds)
         found.append((load, (server.cpu_s() - before) / max(len(load.taken), 1) * 1e3))
     return found
 
@@ -126,12 +92,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--servers", nargs="+", help="only those whose name holds one of these words")
     parser.add_argument("--budget-s", type=float, default=30.0)
     options = parser.parse_args()
     print(f"One replica or worker, {options.threads} threads. {describe_machine()}", flush=True)
     for name in options.workloads:
         workload = Workload.make(name)
-        servers = make_servers(name, options.threads, options.budget_s)
+        servers = {
+            server: begin
+            for server, begin in make_servers(name, options.threads, options.budget_s).items()
+            if not options.servers or any(word in server for word in [*options.servers, OURS])
+        }
         found: dict[str, list[list[tuple[Load, float]]]] = {server: [] for server in servers}
         tails = []
         for _ in range(options.rounds):

@@ -183,10 +183,14 @@ class ModelThread:
             return
         for work, output in zip(works, outputs, strict=True):
             work.future.set_result(output)
+        run_s = time.monotonic() - started
         if self._on_batch is not None:
             waits = tuple(started - work.queued_at for work in works)
             rows = sum(work.rows for work in works)
-            self._on_batch(BatchRecord(rows, self._padding(works), waits, time.monotonic() - started))
+            try:
+                self._on_batch(BatchRecord(rows, self._padding(works), waits, run_s))
+            except Exception:  # a metric that cannot be written must not stop the model
+                logger.exception("a run could not be counted")
 
     def _padding(self, works: list[Work]) -> float:
         """Return the share of the last run that was padding."""

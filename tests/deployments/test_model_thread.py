@@ -84,6 +84,17 @@ def test_what_waits_is_run_together_oldest_first(thread: ModelThread, records: l
     assert [record.padding for record in records] == [0, 0, 0]  # eager needs none
 
 
+def test_a_metric_that_fails_does_not_stop_the_model() -> None:
+    def on_batch(record: BatchRecord) -> None:
+        raise RuntimeError("no metrics today")
+
+    thread = ModelThread("test", on_batch)
+    load(thread, models.Mlp())
+    assert [thread.submit(row(i)).result().shape for i in range(2)] == [(1, 4), (1, 4)]
+    assert thread.failure is None
+    thread.close()
+
+
 def test_everything_runs_on_one_thread(thread: ModelThread) -> None:
     gate = Gate()
     load(thread, gate)

@@ -65,7 +65,8 @@ def test_the_script_closes_what_ray_serve_leaves_open(tmp_path: Path) -> None:
     run_script(config)
     assert config.read_text() == (
         "global\n    stats socket /tmp/x.sock mode 600 level admin expose-fd listeners\nfrontend prometheus\n"
-        "    bind 127.0.0.1:9101\nfrontend http\n    bind 0.0.0.0:8000\n    bind ::1:8000\nlisten stats\n  bind 127.0.0.1:8404\n"
+        "    bind 127.0.0.1:9101\nfrontend http\n    bind 0.0.0.0:8000\n    bind ::1:8000\n"
+        "listen stats\n  bind 127.0.0.1:8404\n"
     )
     for line in ("  bind [::]:9101\n", "  bind :9101 v4v6\n"):  # a later Ray Serve may write what is not known here
         config.write_text(line)
