@@ -37,6 +37,9 @@ def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str
         # The replica's event loop answers HTTP itself: a second loop beside it costs a hop between threads.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # Ray makes its workers nicer than everything else (15), so whatever runs beside a replica comes before its
+        # model; with two model threads on two cores, each one that waits holds up the other.
+        "RAY_worker_niceness": "0",
         # Three missed checks replace a proxy that died: after 8 s, not 25.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         **environment,
