@@ -193,8 +193,8 @@ def _set_log_level(level: str | None) -> None:
 def _share_serve_log() -> None:
     """Send what `optim` and `deployments` log to where Ray Serve logs."""
     serve_logger = logging.getLogger("ray.serve")
+    _set_log_level(None)
     for ours in map(logging.getLogger, _LOGGERS):
-        ours.setLevel(serve_logger.level)
         ours.propagate = False
         for handler in serve_logger.handlers:
             if handler not in ours.handlers:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from deployments.errors import DeadlineExceeded, ModelFailed, NotReady
 from optim import CompiledModel, is_device_error
 from optim.errors import describe
 from optim.planner import Item, Planner
-from optim.shapes import Inputs, TensorSpec, cut, measure, pad, take_rows
+from optim.shapes import Inputs, cut, measure, pad, take_rows
 from optim.tree import flatten
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,13 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class _Queued:
-    """A request in the queue; those with the same key may run together, one without a key runs alone."""
+    """A request in the queue; those with the same key may run together, one without a key runs alone.
+
+    `item` is its size, measured once; None where its tensors have none that the model knows.
+    """
 
     work: Work
-    item: Item
+    item: Item | None
     key: tuple[Any, ...] | None
 
 
@@ -153,7 +156,7 @@ class ModelThread:
         for future in (queued.work.future for queued in dropped):
             if not future.cancelled():
                 fail(future, DeadlineExceeded("the deadline passed before the model was free"))
-        self._run([queued.work for queued in group])
+        self._run(group)
         return True
 
     def _choose(self, waiting: Iterable[_Queued]) -> tuple[list[_Queued], list[_Queued]]:
@@ -168,19 +171,20 @@ class ModelThread:
         if not wanted or wanted[0].key is None or self._planner is None:
             return wanted[:1], dropped
         peers = [queued for queued in wanted if queued.key == wanted[0].key][:_WINDOW]
-        oldest, *_ = self._planner.plan([queued.item for queued in peers])
+        oldest, *_ = self._planner.plan([queued.item for queued in peers if queued.item])  # a key comes with a size
         return [peers[i] for i in oldest.items], dropped
 
-    def _run(self, works: list[Work]) -> None:
-        works = [work for work in works if work.future.set_running_or_notify_cancel()]
-        if not works:
+    def _run(self, group: list[_Queued]) -> None:
+        group = [queued for queued in group if queued.work.future.set_running_or_notify_cancel()]
+        if not group:
             return
         started = time.monotonic()
         try:
-            outputs = self._run_together(works)
+            outputs = self._run_together(group)
         except Exception as error:
-            self._settle_failure(works, error)
+            self._settle_failure(group, error)
             return
+        works = [queued.work for queued in group]
         for work, output in zip(works, outputs, strict=True):
             work.future.set_result(output)
         run_s = time.monotonic() - started
@@ -188,46 +192,46 @@ class ModelThread:
             waits = tuple(started - work.queued_at for work in works)
             rows = sum(work.rows for work in works)
             try:
-                self._on_batch(BatchRecord(rows, self._padding(works), waits, run_s))
+                self._on_batch(BatchRecord(rows, self._padding(group), waits, run_s))
             except Exception:  # a metric that cannot be written must not stop the model
                 logger.exception("a run could not be counted")
 
-    def _padding(self, works: list[Work]) -> float:
+    def _padding(self, group: list[_Queued]) -> float:
         """Return the share of the last run that was padding."""
         assert self._model is not None
-        sizes = [measure(self._model.input_specs, work.inputs) for work in works]
-        known = [size for size in sizes if size is not None]
-        if len(known) < len(sizes):
+        items = [queued.item for queued in group if queued.item]
+        if len(items) < len(group):
             return 0.0
-        ran = self._model.size_run(sum(rows for rows, _ in known), max(length for _, length in known))
-        return 1 - sum(rows * max(length, 1) for rows, length in known) / ran
+        ran = self._model.size_run(sum(item.rows for item in items), max(item.length for item in items))
+        return 1 - sum(item.rows * max(item.length, 1) for item in items) / ran
 
-    def _settle_failure(self, works: list[Work], error: Exception) -> None:
+    def _settle_failure(self, group: list[_Queued], error: Exception) -> None:
         """Fail one request with its own error; run several again, each alone, so that only the bad ones fail."""
         if is_device_error(error):
             self._break(error)
-            for work in works:
-                fail(work.future, NotReady(f"the device failed: {self.failure}"))
-        elif len(works) == 1:
+            for queued in group:
+                fail(queued.work.future, NotReady(f"the device failed: {self.failure}"))
+        elif len(group) == 1:
             kind, message = describe(error)
             logger.warning("the model failed on a request: %s: %s", kind, message)
-            fail(works[0].future, ModelFailed(f"the model failed on this request: {kind}: {message}"))
+            fail(group[0].work.future, ModelFailed(f"the model failed on this request: {kind}: {message}"))
         else:
-            for work in works:
+            for queued in group:
                 if self._failure is not None:
-                    fail(work.future, NotReady(f"the device failed: {self.failure}"))
+                    fail(queued.work.future, NotReady(f"the device failed: {self.failure}"))
                     continue
                 try:
-                    work.future.set_result(self._run_together([work])[0])
+                    queued.work.future.set_result(self._run_together([queued])[0])
                 except Exception as own:
-                    self._settle_failure([work], own)
+                    self._settle_failure([queued], own)
 
-    def _run_together(self, works: list[Work]) -> list[Any]:
+    def _run_together(self, group: list[_Queued]) -> list[Any]:
         """Run the requests as one batch, those of other lengths padded; return each one's output, on the CPU."""
         model = self._model
         assert model is not None
         specs = model.input_specs
-        lengths = [_length(specs, work) for work in works]
+        works = [queued.work for queued in group]
+        lengths = [queued.item.length if queued.item else 0 for queued in group]
         longest = max(lengths)
         # Copied to the device one by one: from pinned memory that goes on beside what runs there.
         inputs = _move(works[0].inputs, model.device)
@@ -264,17 +268,12 @@ def _look_at(model: CompiledModel, work: Work) -> _Queued:
     size = measure(model.input_specs, work.inputs)
     may_join = model.report.padding and all(spec.batch_dim is not None for spec in model.input_specs)
     if size is None or not may_join:
-        return _Queued(work, Item(work.rows), None)
+        return _Queued(work, size and Item(*size), None)
     key = []
     for spec, tensor in zip(model.input_specs, work.inputs, strict=True):
         free = {spec.batch_dim, *spec.length_dims}
         key.append((tensor.dtype, tuple(size for dim, size in enumerate(tensor.shape) if dim not in free)))
     return _Queued(work, Item(*size), tuple(key))
-
-
-def _length(specs: Sequence[TensorSpec], work: Work) -> int:
-    size = measure(specs, work.inputs)
-    return 0 if size is None else size[1]
 
 
 def _move(inputs: Inputs, device: torch.device) -> Inputs:
