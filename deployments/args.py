@@ -25,6 +25,8 @@ class BatchingArgs:
     """Lengths of the compiled buckets, for models whose inputs vary in length; default the servable's, else none."""
     token_budget: int | None = None
     """Most tokens (rows x length) of a bucket of several rows; default 128 on a CPU, no limit on a GPU."""
+    streams: int | None = None
+    """Runs at a time under load, each on its share of the CPU threads; default as many as were measured to pay."""
     wait_ms: float = 0.0
     """How long `@serve.batch` waits for more requests; waiting ones merge on the model thread anyway. Default 0."""
     max_queue: int = 64
@@ -199,6 +201,7 @@ def _check(args: ModelArgs) -> None:
         raise ConfigError("args.version", args.version, "use letters, digits, '.', '_' and '-'")
     at_least = (
         ("batching.wait_ms", args.batching.wait_ms, 0),
+        ("batching.streams", 1 if args.batching.streams is None else args.batching.streams, 1),
         ("batching.max_queue", args.batching.max_queue, max(args.batching.batch_sizes)),
         ("limits.body_bytes", args.limits.body_bytes, 1),
         ("limits.rows", args.limits.rows, 1),
@@ -209,6 +212,8 @@ def _check(args: ModelArgs) -> None:
     for key, value, least in at_least:
         if value < least:
             raise ConfigError(f"args.{key}", value, f"use {least} or more")
+    if args.threads is not None and (args.batching.streams or 1) > args.threads:
+        raise ConfigError("args.batching.streams", args.batching.streams, f"use {args.threads} (threads) or less")
 
 
 def _kebab(name: str) -> str:

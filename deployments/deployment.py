@@ -16,7 +16,8 @@ from deployments.args import ModelArgs
 from deployments.host_pool import make_host_pool
 from deployments.http import make_app
 from deployments.metrics import ModelMetrics
-from deployments.model_thread import ModelThread, Work, fail
+from deployments.model_thread import ModelThread, fail
+from deployments.queue import Work
 from deployments.service import ModelService
 from optim import CompiledModel, compile_model
 from optim.errors import ConfigError
@@ -81,6 +82,7 @@ class ModelReplica:
             lengths=self._args.batching.lengths,
             token_budget=self._args.batching.token_budget_on(device),
             device=device,
+            streams=self._args.batching.streams,
         )
         self._thread.serve(model)
         return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from deployments.model_thread import BatchRecord
+from deployments.batch import BatchRecord
 from optim.report import AfterReady, CompileReport
 
 _MS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
@@ -28,6 +28,7 @@ class ModelMetrics:
         )
         self._refused_changes = Counter("pt2_user_config_refused_total", "Hot changes that were refused.", **tags)
         self._batch_rows = Histogram("pt2_batch_rows", "Rows of each run of the model.", boundaries=_ROWS, **tags)
+        self._stream_runs = Counter("pt2_stream_runs_total", "Runs on a share of the threads, beside others.", **tags)
         self._run_ms = Histogram("pt2_run_ms", "Time of each run of the model, ms.", boundaries=_MS, **tags)
         self._wait_ms = Histogram("pt2_queue_wait_ms", "Wait of each request for its run, ms.", boundaries=_MS, **tags)
         self._padding = Histogram(
@@ -55,6 +56,7 @@ class ModelMetrics:
             self._dropped,
             self._refused_changes,
             self._batch_rows,
+            self._stream_runs,
             self._run_ms,
             self._wait_ms,
             self._padding,
@@ -71,6 +73,8 @@ class ModelMetrics:
         self._batch_rows.observe(batch.rows)
         self._run_ms.observe(batch.run_s * 1e3)
         self._padding.observe(batch.padding)
+        if batch.on_stream:
+            self._stream_runs.inc()
         for wait_s in batch.waits_s:
             self._wait_ms.observe(wait_s * 1e3)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,11 +22,12 @@ from optim.config import Pt2Config
 from optim.device import ensure_cache_folder, pick_device
 from optim.engines import EngineJob, choose_engines
 from optim.errors import CompileError
-from optim.model import CompiledModel, Lane
+from optim.model import CompiledModel, Lane, StreamedModel
 from optim.race import Event, Race, Standing, rank
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport, Refusal, group_refusals
 from optim.shapes import Example
+from optim.streams import NoStreams, Streams, build_streams, check_streams
 from optim.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ def compile_model(
     token_budget: int | None = None,
     device: str | torch.device | None = None,
     phase: str = "forward",
+    streams: int | None = 1,
 ) -> CompiledModel:
     """Compile a module for declared shapes and return a callable that is right, and never slower than eager.
 
@@ -54,8 +57,9 @@ def compile_model(
     one tensor; `length` is None without `lengths`). Buckets of more than `token_budget` tokens (rows times length) are
     left out, but for the smallest batch size. `config` is a Pt2Config or any form that `Pt2Config.parse` reads.
     `device` is where the model shall run; default CUDA where there is one. `phase` says what a call is (`forward`,
-    `prefill`, `decode`), for the attention kernels. The module is moved to the device and put in eval mode. Call from
-    the thread that will run the model, with its thread count set.
+    `prefill`, `decode`), for the attention kernels. On a CPU, `streams` is how many calls may be made at a time,
+    each on its share of the threads (`CompiledModel.streams`); None is as many as were measured to pay. The module is
+    moved to the device and put in eval mode. Call from the thread that will run the model, with its thread count set.
 
     Raises ConfigError for wrong arguments, ModelError where the module fails in eager mode, CompileError where it
     cannot be compiled and `fallback` is `fail` (or `strict` is set), and device and memory errors as they come.
@@ -64,6 +68,7 @@ def compile_model(
     grid = make_grid(batch_sizes, lengths, token_budget)
     where = pick_device(device)
     check_phase(phase)
+    stream_count = check_streams(streams, torch.get_num_threads()) if where.type == "cpu" else 1
     started = time.perf_counter()
     report = CompileReport(torch.__version__, {}, config.to_dict(), phase=phase, attention=kernel_of(config, phase))
     if note := ensure_cache_folder():
@@ -78,23 +83,36 @@ def compile_model(
         report.padding = reference.rows_are_independent
         report.seconds["eager"] = round(time.perf_counter() - started, 3)
         lanes = _choose(job, reference, report)
+        found = None
+        if stream_count > 1:
+            found = _make_streams(job, reference, report, lanes, stream_count, must_pay=streams is None)
         report.notes += reference.notes  # now, since verification adds to them
     _give_memory_back()
     report.seconds["total"] = round(time.perf_counter() - started, 3)
     _announce(report)
     if config.fallback == "fail" or config.strict:
         _raise_failures(report)
-    return CompiledModel(
-        module,
-        where,
-        lanes,
-        reference.input_specs,
-        reference.output_specs,
-        report,
-        reference.samples,
-        reference.output_names,
-        strict=config.strict,
-    )
+    lock = threading.Lock()
+
+    def make(lanes: Mapping[Bucket, Lane], costs: Mapping[Bucket, float] | None = None) -> CompiledModel:
+        return CompiledModel(
+            module,
+            where,
+            lanes,
+            reference.input_specs,
+            reference.output_specs,
+            report,
+            reference.samples,
+            reference.output_names,
+            strict=config.strict,
+            costs=costs,
+            module_lock=lock,
+        )
+
+    model = make(lanes)
+    if found is not None:
+        model.streams = StreamedModel(make(found.lanes, found.costs), found.count, found.threads)
+    return model
 
 
 def _choose(job: EngineJob, reference: Reference, report: CompileReport) -> dict[Bucket, Lane]:
@@ -123,6 +141,26 @@ def _choose(job: EngineJob, reference: Reference, report: CompileReport) -> dict
         limit_s = ENGINE_LIMIT_S
     with _clock(report, "build"):
         return Builder(job, reference, report, limit_s, trials).build(ranking)
+
+
+def _make_streams(
+    job: EngineJob,
+    reference: Reference,
+    report: CompileReport,
+    lanes: Mapping[Bucket, Lane],
+    count: int,
+    *,
+    must_pay: bool,
+) -> Streams | None:
+    """Build what runs beside each other, or note why there is none."""
+    try:
+        with _clock(report, "streams"):
+            found = build_streams(job, reference, report, lanes, count, ENGINE_LIMIT_S, must_pay=must_pay)
+    except NoStreams as reason:
+        report.notes.append(f"one run at a time: {reason}")
+        return None
+    report.streams = found.count
+    return found
 
 
 def _race(

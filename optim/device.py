@@ -66,6 +66,15 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
+def set_threads(count: int) -> None:
+    """Give torch on this thread so many threads, and as many on threads that begin later.
+
+    A thread that torch has not looked at yet would go back to the process's number at its first operator.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
 def inspect_device(device: torch.device) -> DeviceInfo:
     """Look at the machine without compiling anything or importing an extension."""
     if device.type == "cuda":

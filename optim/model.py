@@ -32,12 +32,24 @@ class Lane:
     run: Runner
 
 
+@dataclass(frozen=True)
+class StreamedModel:
+    """A compiled model that `count` threads may call at once, each of which gives torch `threads` (see `streams.py`).
+
+    The model that it is part of may not be called meanwhile.
+    """
+
+    model: CompiledModel
+    count: int
+    threads: int
+
+
 class CompiledModel:
     """A module with an engine for every bucket; made by `compile_model`.
 
     Call it like the module, with any number of rows: they are covered by buckets, padded and cut as needed. It never
-    compiles. Calls come from one thread at a time; where CUDA graphs serve a bucket, only from the thread that built
-    it, since their state belongs to that thread (pytorch issue 123177).
+    compiles. Calls come from one thread at a time, those of `streams` excepted; where CUDA graphs serve a bucket, only
+    from the thread that built it, since their state belongs to that thread (pytorch issue 123177).
     """
 
     def __init__(
@@ -52,6 +64,8 @@ class CompiledModel:
         output_names: tuple[str, ...] = (),
         *,
         strict: bool = False,
+        costs: Mapping[Bucket, float] | None = None,
+        module_lock: threading.Lock | None = None,
     ) -> None:
         self.device = device
         #: The keys of the module's output, where it is a mapping; else none.
@@ -62,7 +76,10 @@ class CompiledModel:
         self._module = module
         self._lanes = dict(lanes)
         self._lengths = sorted({bucket.length for bucket in lanes})
-        self._ms = {b.bucket: b.ms or 0.0 for b in report.buckets}
+        self._ms = dict(costs or {b.bucket: b.ms or 0.0 for b in report.buckets})
+        self._module_lock = module_lock or threading.Lock()
+        #: The same model for several calls at a time; None where that does not pay.
+        self.streams: StreamedModel | None = None
         self._owner = threading.get_ident()
         self._bound_to_thread = any(lane.engine.reuses_outputs for lane in lanes.values())
         self._records = self._bound_to_thread and device.type == "cuda"
@@ -127,11 +144,10 @@ class CompiledModel:
         """
         if self._bound_to_thread and threading.get_ident() != self._owner:
             raise RuntimeError("CUDA graphs belong to the thread that built this model; call it from there")
-        after = self._report.after_ready
-        after.calls += 1
+        self._report.after_ready.add("calls")
         if self._plain and not torch.is_grad_enabled() and all(t.device == self.device for t in inputs):
             # Nothing was compiled: a small module takes less than the bookkeeping below.
-            return self._module(*inputs)
+            return self._run_module(inputs)
         before = self._count()
         try:
             with torch.no_grad():
@@ -145,16 +161,18 @@ class CompiledModel:
     def _account(self, before: tuple[int, int]) -> None:
         """Count what was compiled or recorded during a call; with `strict` that is an error."""
         compiled, recorded = (now - then for now, then in zip(self._count(), before, strict=True))
-        self._report.after_ready.compilations += compiled
-        self._report.after_ready.graph_recordings += recorded
-        if (compiled or recorded) and self._strict:
+        if not compiled and not recorded:
+            return
+        self._report.after_ready.add("compilations", compiled)
+        self._report.after_ready.add("graph_recordings", recorded)
+        if self._strict:
             raise CompileError(
                 f"{compiled} graphs were compiled and {recorded} CUDA graphs recorded during a call (strict)"
             )
 
     def _dispatch(self, inputs: Inputs) -> Any:
         if not self._compiled:
-            return self._module(*inputs)
+            return self._run_module(inputs)
         bucket = self._direct.get(_shapes(inputs))
         if bucket is not None:
             return self._run(bucket, inputs)
@@ -186,7 +204,7 @@ class CompiledModel:
 
     def _run_padded(self, bucket: Bucket, part: Inputs, rows: int, length: int) -> Any:
         if self._lanes[bucket].engine.name == "eager":
-            return self._module(*part)  # needs no padding
+            return self._run_module(part)  # needs no padding
         if self._lanes[bucket].engine.takes_any_size:
             return self._run(bucket, tuple(normalize(t, self.device) for t in part))
         padded = tuple(normalize(t, self.device) for t in pad(self.input_specs, part, bucket.batch_size, bucket.length))
@@ -203,10 +221,15 @@ class CompiledModel:
     def _sizes(self, length: int) -> list[int]:
         return [bucket.batch_size for bucket in self._lanes if bucket.length == length]
 
+    def _run_module(self, inputs: Inputs) -> Any:
+        """Run eager: one call at a time, since nobody knows what the module's Python code keeps on the module."""
+        with self._module_lock:
+            return self._module(*inputs)
+
     def _run(self, bucket: Bucket, inputs: Inputs) -> Any:
         lane = self._lanes[bucket]
         if lane.engine.name == "eager":
-            return self._module(*inputs)
+            return self._run_module(inputs)
         try:
             with lane.engine.serving():
                 output = lane.run(*inputs)
@@ -222,27 +245,19 @@ class CompiledModel:
 
     def _recover(self, bucket: Bucket, lane: Lane, inputs: Inputs, error: Exception) -> Any:
         """Answer eager after a compiled run raised; where eager raises as well, it is the input's own error."""
-        output = self._module(*inputs)
+        output = self._run_module(inputs)
         if self._strict:
             raise CompileError(f"bucket {bucket} could not be served compiled (strict): {error}") from error
-        after = self._report.after_ready
-        if any(RECOMPILE_TEXT in str(e) for e in causes(error)):
-            after.refused_compilations += 1
-            first = after.refused_compilations == 1
-        else:
-            after.failed_runs += 1
-            first = after.failed_runs == 1
-        if first:
+        refused = any(RECOMPILE_TEXT in str(e) for e in causes(error))
+        if self._report.after_ready.add("refused_compilations" if refused else "failed_runs") == 1:
             refusal = Refusal.of(lane.engine.name, "serving", bucket, error)
             self._report.refusals.append(refusal)
             logger.warning("answered eager: %s", refusal)
         return output
 
     def _run_without_bucket(self, inputs: Inputs) -> Any:
-        output = self._module(*inputs)
-        after = self._report.after_ready
-        after.shapes_without_bucket += 1
-        if after.shapes_without_bucket == 1:
+        output = self._run_module(inputs)
+        if self._report.after_ready.add("shapes_without_bucket") == 1:
             shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in inputs)
             logger.warning("answered eager: no bucket holds inputs of %s", shapes)
         return output

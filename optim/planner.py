@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,11 +48,12 @@ class Planner:
         self._lengths = sorted(self._by_length)
         self._cover = lru_cache(maxsize=4096)(self._find_cover)
 
-    def plan(self, items: Sequence[Item]) -> list[Group]:
+    def plan(self, items: Sequence[Item], most_rows: int | None = None) -> list[Group]:
         """Return groups that hold every item once; each is the cheapest way for its items, and so is the whole.
 
         Items of similar length share a group where a bigger run costs less than several small ones. Of plans that cost
-        the same the one with smaller groups wins, since its first answers are there sooner.
+        the same the one with smaller groups wins, since its first answers are there sooner. With `most_rows` groups of
+        several items have no more rows than that.
         """
         sizes = [pick_length(item.length, self._lengths) for item in items]
         fitting = sorted((i for i in range(len(items)) if sizes[i] is not None), key=lambda i: (items[i].length, i))
@@ -61,7 +63,7 @@ class Planner:
         for end in range(1, len(fitting) + 1):
             length = sizes[fitting[end - 1]]
             assert length is not None
-            largest = max(self._by_length[length])
+            largest = min(max(self._by_length[length]), most_rows or sys.maxsize)
             rows, found = 0, (float("inf"), 0)
             for start in range(end - 1, -1, -1):
                 rows += items[fitting[start]].rows

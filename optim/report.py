@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from optim.buckets import Bucket
 from optim.errors import describe
+
+_COUNTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class BucketReport:
     """The error that was allowed, relative to the value plus the RMS."""
     max_abs_error: float | None = None
     relative_error: float | None = None
+    stream_ms: float | None = None
+    """Median ms of a run on a stream, while all streams run; on the scale of `ms`."""
+    stream_gain: float | None = None
+    """How much more work the streams do than one run after the other on all threads."""
     graph_bytes: int | None = None
     """GPU memory that capturing this bucket's CUDA graph took."""
     race: list[dict[str, float]] = field(default_factory=list)
@@ -64,6 +71,7 @@ class AfterReady:
     """What happened since the model was built; every figure but `calls` should stay 0."""
 
     calls: int = 0
+    """Counted, like all figures, by several threads where there are streams; so change them by `add`."""
     compilations: int = 0
     """Graphs compiled during a call."""
     graph_recordings: int = 0
@@ -74,6 +82,13 @@ class AfterReady:
     """Calls whose shape or dtype no bucket holds, and that ran eager."""
     failed_runs: int = 0
     """Compiled runs that raised where eager then answered."""
+
+    def add(self, figure: str, count: int = 1) -> int:
+        """Add to a figure and return it; may be called by several threads."""
+        with _COUNTING:
+            total: int = getattr(self, figure) + count
+            setattr(self, figure, total)
+        return total
 
 
 @dataclass
@@ -94,6 +109,8 @@ class CompileReport:
     """Refusals that concern an engine as a whole."""
     notes: list[str] = field(default_factory=list)
     """Decisions worth knowing that are not refusals."""
+    streams: int = 1
+    """How many calls may be made at a time; each then has its share of the threads."""
     padding: bool = True
     """Whether rows were found independent of their neighbours, so that batches may be padded and split."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -40,6 +40,8 @@ class EngineJob:
     """The operators by which the module looks at tensor values in Python."""
     phase: str = "forward"
     """What a call of the module is: `forward`, `prefill` or `decode`; decides its attention kernels."""
+    streams: int = 1
+    """How many calls are made at a time, each on as many threads as torch has while code is built."""
 
     @classmethod
     def of(
@@ -78,6 +80,8 @@ class Engine:
     needs_dynamo = False
     #: Buckets take any number of rows and any length up to their own, without padding.
     takes_any_size = False
+    #: What `compile` returns may be called by several threads at a time.
+    takes_calls_at_once = False
 
     def __init__(self, job: EngineJob) -> None:
         self.job = job

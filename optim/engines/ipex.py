@@ -22,6 +22,7 @@ class IpexEngine(Engine):
     """Traces the optimised module once a bucket; `ipex.optimize` alone gave 1.3x on a CNN, traced and frozen 2.6x."""
 
     name = "ipex"
+    takes_calls_at_once = True
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)

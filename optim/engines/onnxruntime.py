@@ -41,6 +41,7 @@ class OnnxRuntimeEngine(Engine):
     """
 
     name = "onnxruntime"
+    takes_calls_at_once = True
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from deployments.batch import BatchRecord
 from deployments.errors import DeadlineExceeded, ModelFailed, NotReady
-from deployments.model_thread import BatchRecord, ModelThread, Work
+from deployments.model_thread import ModelThread
+from deployments.queue import Work
 from optim import compile_model
 from optim.buckets import make_grid
+from optim.model import StreamedModel
 from optim.planner import Planner
 from tests.support import models
 from tests.support.servables import Picky
@@ -277,3 +280,138 @@ def test_a_job_that_fails_fails_its_caller_alone(thread: ModelThread) -> None:
     with pytest.raises(NotReady, match="not ready"):
         thread.submit(row(1))
     assert thread.call(lambda: 5).result() == 5
+
+
+class Pair(nn.Module):
+    """[B, 8] -> [B, 8]; every call waits until another one has come in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meeting = threading.Barrier(1)
+        self.threads: set[str] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.meeting.wait(10)
+        self.threads.add(threading.current_thread().name)
+        if bool((x == 13).any()):
+            raise ValueError("thirteen is unlucky")
+        return x + 1
+
+
+def load_with_streams(thread: ModelThread, whole: nn.Module, streams: tuple[nn.Module, nn.Module]) -> None:
+    """Load modules for all threads, and for two streams; by the planners' costs the streams are twice as fast."""
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        # Eager code is called once at a time, so each stream has its own module here.
+        mine = int(threading.current_thread().name[-1])
+        output: torch.Tensor = streams[mine](*inputs)
+        return output
+
+    def job() -> None:
+        sizes = (1, 2, 4)
+        model = compile_model(whole, models.features, EAGER, batch_sizes=sizes, device="cpu")
+        beside = compile_model(whole, models.features, EAGER, batch_sizes=sizes, device="cpu")
+        beside._run_module = lambda inputs: run(*inputs)  # type: ignore[method-assign]
+        model.streams = StreamedModel(beside, 2, 1)
+        costs = {bucket: float(bucket.batch_size) for bucket in make_grid(sizes)}
+        thread.serve(model, Planner(costs), Planner(costs))
+
+    thread.call(job).result()
+
+
+def test_under_load_runs_are_made_beside_each_other(thread: ModelThread, records: list[BatchRecord]) -> None:
+    whole, pair = Gate(), Pair()
+    load_with_streams(thread, whole, (pair, pair))
+    whole.seen.clear()
+    pair.meeting = threading.Barrier(2)  # broken after 10 s, unless two calls are there at once
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    futures = [thread.submit(row(i)) for i in range(4)]
+    blocked.set()
+    assert [future.result()[0, 0].item() for future in futures] == [1, 2, 3, 4]
+    assert pair.threads == {"model-test-stream-0", "model-test-stream-1"}
+    assert whole.seen == []
+    pair.meeting = threading.Barrier(1)
+    assert thread.submit(row(7)).result()[0, 0] == 8  # one alone has all threads
+    assert whole.seen == [(1, 8)]
+    thread.call(lambda: None).result()
+    assert [(record.rows, record.on_stream) for record in records][-1] == (1, False)
+    assert all(record.on_stream for record in records[:-1])
+
+
+def test_a_job_waits_for_the_streams_and_they_for_it(thread: ModelThread) -> None:
+    gates = (Gate(), Gate())
+    load_with_streams(thread, Gate(), gates)
+    for gate in gates:
+        gate.entered.clear()
+        gate.gate.clear()
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    futures = [thread.submit(row(i)) for i in range(4)]
+    blocked.set()
+    for gate in gates:
+        gate.entered.wait()
+    order: list[str] = []
+    job = thread.call(lambda: order.append(f"job after {sum(future.done() for future in futures)}"))
+    futures += [thread.submit(row(i)) for i in range(4, 8)]
+    assert not job.done()
+    for gate in gates:
+        gate.gate.set()
+    job.result()
+    assert [future.result()[0, 0].item() for future in futures] == [i + 1 for i in range(8)]
+    done = int(order[0].split()[-1])
+    assert 2 <= done < 8, "it came after what ran, and before what was submitted later"
+
+
+def test_a_bad_request_on_a_stream_fails_alone(thread: ModelThread) -> None:
+    pair = Pair()
+    load_with_streams(thread, Gate(), (pair, pair))
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    futures = [thread.submit(row(value)) for value in (1, 13, 2, 3)]
+    blocked.set()
+    assert [futures[i].result()[0, 0].item() for i in (0, 2, 3)] == [2, 3, 4]
+    with pytest.raises(ModelFailed, match="thirteen is unlucky"):
+        futures[1].result()
+
+
+def test_closing_answers_what_waits_for_the_streams() -> None:
+    thread = ModelThread("test")
+    pair = Pair()
+    load_with_streams(thread, Gate(), (pair, pair))
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    futures = [thread.submit(row(i)) for i in range(9)]
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    blocked.set()
+    closing.join()
+    assert [future.result()[0, 0].item() for future in futures] == [i + 1 for i in range(9)]
+
+
+def test_nothing_is_lost_between_threads_and_streams(thread: ModelThread, records: list[BatchRecord]) -> None:
+    pair, whole = Pair(), Gate()
+    load_with_streams(thread, whole, (pair, pair))
+    found: list[tuple[float, Future[Any], bool]] = []
+
+    def ask(number: int) -> None:
+        for i in range(200):
+            value = float((number + 1) * 1000 + i)
+            future = thread.submit(row(value, rows=i % 3 + 1))
+            cancelled = i % 7 == 0 and future.cancel()
+            found.append((value, future, cancelled))
+            if i % 5 == 0 and not cancelled:
+                future.result()
+
+    askers = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    wanted = [(value, future) for value, future, cancelled in found if not cancelled]
+    assert all(future.result()[0, 0].item() == value + 1 for value, future in wanted)
+    assert thread.submit(row(7)).result()[0, 0] == 8
+    thread.call(lambda: None).result()
+    assert sum(len(record.waits_s) for record in records) == len(wanted) + 1
+    assert any(record.on_stream for record in records)
+    assert not records[-1].on_stream

@@ -10,7 +10,8 @@ from typing import Any
 from deployments.admission import Admission
 from deployments.args import ModelArgs
 from deployments.host_pool import make_host_pool
-from deployments.model_thread import ModelThread, Work
+from deployments.model_thread import ModelThread
+from deployments.queue import Work
 from deployments.service import ModelService
 from optim import CompiledModel, compile_model
 from optim.shapes import Inputs

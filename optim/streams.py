@@ -1,0 +1,127 @@
+"""Streams: several runs at a time, each on its share of the threads; what a CPU does most work with under load.
+
+One run on two threads is the fastest answer, but small matrices do not keep two cores busy: of 200 GFLOP/s that two
+cores have, a linear layer of MiniLM on 128 tokens gets 140 on two threads, and two such layers on one thread each all
+of it. So the same code is built once more for fewer threads, and how long its runs take beside each other is measured.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from optim.buckets import Bucket
+from optim.device import available_bytes, set_threads
+from optim.engines import EagerEngine, EngineJob, make_engine
+from optim.errors import ConfigError
+from optim.model import Lane
+from optim.reference import Reference
+from optim.report import CompileReport
+from optim.timing import time_streams
+from optim.trial import Trial
+
+logger = logging.getLogger(__name__)
+
+#: More of them are not tried unless asked for: beyond that, one run takes long and memory is shared by too many.
+MOST = 4
+#: Streams are kept where some bucket does this much more work on them. Not more is asked of a quiet machine: under
+#: load they gain as much again, since a run on all threads then waits for each of them (issue 4).
+WORTH_IT = 1.0
+
+
+class NoStreams(Exception):
+    """There are none; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What serves each bucket on a stream, the ms of a run while all streams run, and the threads of each."""
+
+    count: int
+    threads: int
+    lanes: Mapping[Bucket, Lane]
+    costs: Mapping[Bucket, float]
+
+
+def check_streams(count: int | None, threads: int) -> int:
+    """Return how many streams to try on so many threads; ConfigError for a number they are too few for."""
+    if count is None:
+        divisors = [n for n in range(1, MOST + 1) if threads % n == 0]
+        return max(divisors) if threads <= MOST or max(divisors) > 1 else 2
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= threads:
+        raise ConfigError("streams", count, f"use 1 to {threads}, the model's threads, or leave it out")
+    return count
+
+
+def build_streams(
+    job: EngineJob,
+    reference: Reference,
+    report: CompileReport,
+    lanes: Mapping[Bucket, Lane],
+    count: int,
+    limit_s: float,
+    *,
+    must_pay: bool,
+) -> Streams:
+    """Build what serves each bucket once more, for the threads of a stream, hold it against eager, and time it.
+
+    NoStreams is raised where an engine's code takes one call at a time, where memory is short, and, with `must_pay`,
+    where no bucket does more work on streams. Writes figures into the report's rows.
+    """
+    compiled = {lane.engine.name: lane.engine for lane in lanes.values() if lane.engine.name != "eager"}
+    if not compiled:
+        raise NoStreams("the model is served eager, and a module is never called twice at a time")
+    alone = [name for name, engine in compiled.items() if not engine.takes_calls_at_once]
+    if alone:
+        raise NoStreams(f"code of {alone[0]} takes one call at a time")
+    weights = sum(t.nbytes for t in [*job.module.parameters(), *job.module.buffers()])
+    available = available_bytes()
+    if available is not None and weights * len(lanes) > available / 2:
+        raise NoStreams(
+            f"{len(lanes)} more copies of {weights / 2**20:.0f} MiB might not leave half of the free memory"
+        )
+    threads = torch.get_num_threads() // count
+    with _threads(threads):
+        built = _build(replace(job, streams=count), reference, lanes, limit_s)
+    costs: dict[Bucket, float] = {}
+    for bucket, lane in sorted(built.items()):
+        whole, beside = time_streams(lanes[bucket].run, lane.run, job.samples[bucket], count, threads)
+        row = next(row for row in report.buckets if row.bucket == bucket)
+        # On the scale of the row's own figure, so that the drift of the machine since then cancels.
+        costs[bucket] = (row.ms or whole) * beside / whole
+        row.stream_ms, row.stream_gain = round(costs[bucket], 3), round(count * whole / beside, 3)
+    best = max(row.stream_gain or 0.0 for row in report.buckets)
+    if must_pay and best < WORTH_IT:
+        raise NoStreams(f"{count} runs at a time do no more than {best:.2f} times the work of one after the other")
+    return Streams(count, threads, built, costs)
+
+
+def _build(job: EngineJob, reference: Reference, lanes: Mapping[Bucket, Lane], limit_s: float) -> dict[Bucket, Lane]:
+    """Return the same engines' code for as many threads as torch has now, proven right."""
+    found: dict[Bucket, Lane] = {b: Lane(EagerEngine(job), job.module) for b in lanes}
+    for name in sorted({lane.engine.name for lane in lanes.values()} - {"eager"}):
+        trial = Trial(make_engine(name, job), reference, limit_s)
+        refusal = trial.prepare()
+        for bucket in [b for b in sorted(lanes, reverse=True) if lanes[b].engine.name == name]:
+            refusal = refusal or trial.prove(bucket).get(bucket)
+            if refusal is not None:
+                trial.engine.close()
+                raise NoStreams(str(refusal))
+            found[bucket] = Lane(trial.engine, trial.proven[bucket].run)
+        trial.engine.finish()
+    return found
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Give torch so many threads for a while; what is built meanwhile is built for them."""
+    before = torch.get_num_threads()
+    set_threads(count)
+    try:
+        yield
+    finally:
+        set_threads(before)

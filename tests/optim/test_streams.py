@@ -1,0 +1,99 @@
+"""Several calls at a time, each on its share of the threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optim import CompiledModel, ConfigError, compile_model
+from optim.device import inspect_device, set_threads
+from optim.shapes import Example
+from optim.streams import check_streams
+from optim.verify import compare
+from tests.support import models
+
+CPU = inspect_device(torch.device("cpu")).capabilities
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.skipif(not CPU[name].available, reason=CPU[name].detail))
+    for name in ("onnxruntime", "ipex", "openvino")
+]
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    set_threads(2)
+    yield
+    set_threads(before)
+
+
+def build(module: nn.Module, example: Example, backend: str, **more: Any) -> CompiledModel:
+    section = {"compile": {"backend": backend, "only_if_faster": False}}
+    return compile_model(module, example, section, device="cpu", **{"batch_sizes": (1, 4), "streams": 2, **more})
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize(
+    ("module", "example", "lengths"),
+    [(models.SmallCnn(), models.images, None), (models.MaskedMean(), models.tokens, (4, 8))],
+)
+def test_calls_at_the_same_time_answer_as_eager(
+    module: nn.Module, example: Example, lengths: tuple[int, ...] | None, backend: str
+) -> None:
+    model = build(module.eval(), example, backend, lengths=lengths)
+    streams = model.streams
+    assert streams is not None, model.report.notes
+    assert (streams.count, streams.threads, model.report.streams) == (2, 1, 2)
+    assert all(row.stream_ms and row.stream_gain for row in model.report.buckets)
+    assert set(streams.model.costs) == set(model.buckets)
+    asked = []
+    for i in range(60):
+        inputs = example(i % 5 + 1, (3, 4, 8)[i % 3] if lengths else None)
+        with torch.no_grad():
+            asked.append((inputs, module(*inputs)))
+    with ThreadPoolExecutor(2, initializer=set_threads, initargs=(1,)) as pool:
+        for (_, want), got in zip(asked, pool.map(lambda pair: streams.model(*pair[0]), asked), strict=True):
+            assert compare(got, want).max_abs < 1e-4
+    after = model.report.after_ready
+    assert (after.calls, after.failed_runs, after.shapes_without_bucket) == (60, 0, 0)
+    assert torch.get_num_threads() == 2
+
+
+def test_code_that_takes_one_call_at_a_time_has_no_streams() -> None:
+    model = build(models.Mlp(), models.features, "inductor")
+    assert set(model.report.engines().values()) == {"inductor"}, model.report.all_refusals()
+    assert model.streams is None
+    assert "one run at a time: code of inductor takes one call at a time" in model.report.notes
+
+
+def test_a_module_served_eager_has_no_streams() -> None:
+    model = compile_model(models.Mlp(), models.features, {"compile": {"enable": False}}, device="cpu", streams=2)
+    assert model.streams is None
+    assert any(note.startswith("one run at a time: the model is served eager") for note in model.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("count", "threads", "found"), [(None, 1, 1), (None, 2, 2), (None, 6, 3), (None, 7, 2), (None, 16, 4), (3, 7, 3)]
+)
+def test_streams_share_the_threads(count: int | None, threads: int, found: int) -> None:
+    assert check_streams(count, threads) == found
+
+
+@pytest.mark.parametrize("count", [0, 3, True, "two"])
+def test_more_streams_than_threads_are_refused(count: Any) -> None:
+    with pytest.raises(ConfigError, match=r"streams.*use 1 to 2"):
+        build(models.Mlp(), models.features, "eager", streams=count)
+
+
+@pytest.mark.parametrize("backend", ENGINES[:1])
+def test_streams_that_do_not_pay_are_given_up(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optim.streams.time_streams", lambda *args: (1.0, 2.5))
+    model = build(models.Mlp(), models.features, backend, streams=None)
+    assert model.streams is None
+    assert model.report.streams == 1
+    assert "one run at a time: 2 runs at a time do no more than 0.80 times" in " ".join(model.report.notes)
