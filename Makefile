@@ -10,7 +10,7 @@ endif
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
 
-.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving bench-hop clean
+.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving bench-hop bench-start ahead clean
 
 install: .venv/.installed
 install-latest: .venv-latest/.installed
@@ -29,6 +29,10 @@ install-latest: .venv-latest/.installed
 
 serve: .venv/.installed
 	.venv/bin/python -m deployments.run $(CONFIG)
+
+# Compile into the cache without serving.
+ahead: .venv/.installed
+	.venv/bin/python -m deployments.ahead $(CONFIG)
 
 # optim's tests in a process of their own, which never sees Ray: as its users run it.
 test: .venv/.installed
@@ -49,17 +53,20 @@ format: .venv/.installed
 	.venv/bin/ruff format .
 
 # Print the README's tables of figures, measured here; about half an hour.
-bench: bench-engines bench-serving bench-hop
+bench: bench-engines bench-serving bench-hop bench-start
 
 bench-engines: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.engines --threads 2 --plot benchmarks/engines.png
 	.venv/bin/python -W ignore -m benchmarks.engines --threads 1 --models efficientnet-lite0
 
 bench-serving: .venv/.bench-installed
-	.venv/bin/python -W ignore -m benchmarks.serving
+	.venv/bin/python -W ignore -m benchmarks.serving --plot benchmarks/serving.png
 
 bench-hop: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.hop
+
+bench-start: .venv/.installed
+	.venv/bin/python -W ignore -m benchmarks.start
 
 # What benchmarks alone need.
 .venv/.bench-installed: .venv/.installed

@@ -1,9 +1,9 @@
 """Every engine on every bucket of two models, and what `auto` makes of them: python -m benchmarks.engines.
 
 Each engine gets a process of its own, so that none runs with the settings another left; its ratio is against the
-eager runs interleaved with it. Each is started twice: cold, with an empty folder for Inductor's caches, and warm, with
-the folder that the first start left. Last, what `auto` chose is timed in turn with ONNX Runtime and OpenVINO called
-directly.
+eager runs interleaved with it. Each is started twice: cold, with an empty folder for the caches (ours and Inductor's),
+and warm, with the folder that the first start left. Last, what `auto` chose is timed in turn with ONNX Runtime and
+OpenVINO called directly.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def run_engine(subject_name: str, engine: str, threads: int) -> dict[str, Any]:
 def in_a_process(*arguments: str, cache: str | None = None) -> Any:
     """Run this module with the arguments in a process of its own; return what it prints last, as JSON."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.engines", *arguments]
-    environment = {**os.environ, **({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache})}
+    folders = {} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
+    environment = {**os.environ, **folders}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True, env=environment
     )

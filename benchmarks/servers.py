@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +41,28 @@ class Server:
                 total += times.user + times.system
         return total
 
+    def memory_mb(self) -> float:
+        """Return the memory of the whole process tree, MB; what processes share is counted once (PSS)."""
+        total = 0
+        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total / 1e6
+
+    def means(self, *histograms: str) -> list[float | None]:
+        """Return the mean of each of Ray's histograms, over all that was observed; None where nothing was."""
+        found = Path(self.log.parent / "ray" / "prom_metrics_service_discovery.json")
+        targets = [target for group in json.loads(found.read_text()) for target in group["targets"]]
+        text = "".join(urllib.request.urlopen(f"http://{t}/metrics", timeout=10).read().decode() for t in targets)
+        means: list[float | None] = []
+        for name in histograms:
+            total, count = (
+                sum(float(value) for value in re.findall(rf"^ray_{name}_{part}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+                for part in ("sum", "count")
+            )
+            means.append(total / count if count else None)
+        return means
+
     def wait(self, path: str, payload: bytes, deadline_s: float = 600) -> None:
         """Wait until a request is answered; RuntimeError with the log where the server ends before."""
         end = time.monotonic() + deadline_s
@@ -53,7 +78,13 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None) 
     """Run a command from the repository's root until the end of the block."""
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     log = folder / "log"
-    env = {**os.environ, "RAY_TMPDIR": str(folder), "PYTHONWARNINGS": "ignore", **(environment or {})}
+    env = {
+        **os.environ,
+        "RAY_TMPDIR": str(folder),
+        "XDG_CACHE_HOME": str(folder),
+        "PYTHONWARNINGS": "ignore",
+        **(environment or {}),
+    }
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True

@@ -8,18 +8,18 @@ import math
 from typing import Any
 
 import ray
-import torch
 from ray import serve
 
 from deployments.admission import Admission
 from deployments.args import ModelArgs
+from deployments.compile import compile_servable, resources
 from deployments.host_pool import make_host_pool
 from deployments.http import make_app
 from deployments.metrics import ModelMetrics
 from deployments.model_thread import ModelThread, fail
 from deployments.queue import Work
 from deployments.service import ModelService
-from optim import CompiledModel, compile_model
+from optim import CompiledModel
 from optim.errors import ConfigError
 from optim.shapes import Inputs
 
@@ -42,7 +42,7 @@ class ModelReplica:
         self._args = args
         self._metrics = ModelMetrics(args.name or "")
         self._servable = args.make_servable()
-        self._host_pool = make_host_pool(max(2, _own_resources(None)[1]))
+        self._host_pool = make_host_pool(max(2, _own_resources(args)[1]))
         self._thread = ModelThread(args.name or "", self._metrics.record_batch)
         self._model = await asyncio.wrap_future(self._thread.call(self._load))
         self._metrics.record_report(self._model.report)
@@ -72,18 +72,7 @@ class ModelReplica:
 
     def _load(self) -> CompiledModel:
         """Load and compile; runs on the model thread."""
-        device, threads = _own_resources(self._args.threads)
-        torch.set_num_threads(threads)
-        model = compile_model(
-            self._servable.load(),
-            self._servable.example,
-            self._args.pt2,
-            batch_sizes=self._args.batching.batch_sizes,
-            lengths=self._args.batching.lengths,
-            token_budget=self._args.batching.token_budget_on(device),
-            device=device,
-            streams=self._args.batching.streams,
-        )
+        model = compile_servable(self._servable, self._args, *_own_resources(self._args))
         self._thread.serve(model)
         return model
 
@@ -174,11 +163,10 @@ def make_deployment(args: ModelArgs) -> serve.Deployment:
     return decorate(ModelReplica)
 
 
-def _own_resources(threads: int | None) -> tuple[str, int]:
+def _own_resources(args: ModelArgs) -> tuple[str, int]:
     """Return the device and the CPU threads that Ray gave this replica."""
     assigned = ray.get_runtime_context().get_assigned_resources()
-    device = "cuda" if assigned.get("GPU", 0) > 0 else "cpu"
-    return device, threads or max(1, math.floor(assigned.get("CPU", 1)))
+    return resources(args, assigned.get("CPU", 1), assigned.get("GPU", 0))
 
 
 def _max_ongoing_requests() -> int:

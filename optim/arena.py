@@ -44,9 +44,14 @@ class NoArena(Exception):
 
 
 def race_apart(
-    job: EngineJob, reference: Reference, names: Sequence[str], budget_s: float, tell: Callable[[Event], None]
+    job: EngineJob,
+    reference: Reference,
+    names: Sequence[str],
+    buckets: Sequence[Bucket],
+    budget_s: float,
+    tell: Callable[[Event], None],
 ) -> Standing:
-    """Race the engines in child processes; a process that dies or hangs costs the engine it had in hand.
+    """Race the engines on some of the job's buckets in child processes; one that dies or hangs costs its engine alone.
 
     Raises NoArena where the module cannot be carried over (the race then has to be held in this process).
     """
@@ -55,7 +60,7 @@ def race_apart(
     with tempfile.TemporaryDirectory(prefix="pt2-race-") as folder:  # mode 0700: what is unpickled is our own
         _pack(Path(folder), job, reference, names)
         while waiting and budget_s > 0:
-            running = _Process(Path(folder), waiting, budget_s)
+            running = _Process(Path(folder), waiting, buckets, budget_s)
             turn = None
             for event in running.events():
                 standing.take(event)
@@ -111,13 +116,15 @@ def _registered(names: Sequence[str]) -> dict[str, Any]:
 class _Process:
     """One child that races `names`; `end` says how it ended where it did not finish."""
 
-    def __init__(self, folder: Path, names: Sequence[str], budget_s: float) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], buckets: Sequence[Bucket], budget_s: float) -> None:
         self.finished = False
         self.end = "never started"
         self.raced_s = 0.0
         self._budget_s = budget_s
         self._log = folder / "stderr"
-        (folder / "names.json").write_text(json.dumps({"names": list(names), "budget_s": budget_s}))
+        sizes = [[bucket.batch_size, bucket.length] for bucket in buckets]
+        order = {"names": list(names), "buckets": sizes, "budget_s": budget_s}
+        (folder / "order.json").write_text(json.dumps(order))
         read, write = os.pipe()
         # The same import paths as here, and not this process's __main__.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -207,7 +214,7 @@ def _encode(event: Event) -> dict[str, Any]:
 
 def _hold_race(folder: Path, pipe: IO[bytes]) -> None:
     """Be the child: load the job, measure eager, race, and tell every event as a line of JSON."""
-    order = json.loads((folder / "names.json").read_text())
+    order = json.loads((folder / "order.json").read_text())
     # Written by our parent, in a folder that only this user can write.
     data = torch.load(folder / "job.pt", weights_only=False, mmap=True, pickle_module=pickle)
     torch.set_num_threads(data["threads"])
@@ -227,7 +234,8 @@ def _hold_race(folder: Path, pipe: IO[bytes]) -> None:
         job = EngineJob.of(data["module"], data["config"], reference, device, data["phase"])
         pipe.write(b"ready\n")
         deadline = time.monotonic() + order["budget_s"]
-        Race(job, reference, order["names"], deadline, tell, expendable=True).run()
+        buckets = [Bucket(*size) for size in order["buckets"]]
+        Race(job, reference, order["names"], deadline, tell, buckets=buckets, expendable=True).run()
     pipe.write(b'{"event": "done"}\n')
 
 

@@ -10,6 +10,7 @@ from optim.buckets import Bucket
 from optim.engines import EagerEngine, EngineJob, make_engine
 from optim.engines.base import Engine, Runner
 from optim.model import Lane
+from optim.plan import Plan
 from optim.reference import Reference
 from optim.report import CompileReport, Refusal
 from optim.timing import time_in_turn
@@ -21,7 +22,9 @@ logger = logging.getLogger(__name__)
 class Builder:
     """Builds engines in this process, writing figures and reasons into the report.
 
-    `trials` are engines already built here, by a race in this process. What ends up serving nothing is closed.
+    `trials` are engines already built here, by a race in this process. What ends up serving nothing is closed. With a
+    `plan` only the smallest and the largest bucket are timed, to see whether it holds. What the engines that serve
+    leave for the next build is saved to the job's `kept` folder.
     """
 
     def __init__(
@@ -31,9 +34,11 @@ class Builder:
         report: CompileReport,
         limit_s: float,
         trials: dict[str, Trial],
+        plan: Plan | None = None,
     ) -> None:
         self._job, self._reference, self._report = job, reference, report
         self._limit_s = limit_s
+        self._plan = plan
         self._trials: dict[str, Trial | None] = {**trials}
         self._rows = {row.bucket: row for row in report.buckets}
 
@@ -84,8 +89,7 @@ class Builder:
     def _is_fast_enough(self, trial: Trial, bucket: Bucket) -> bool:
         """Time the engine and eager in turn; write the figures down where the engine stays."""
         engine, proven, row = trial.engine, trial.proven[bucket], self._rows[bucket]
-        runs: list[Runner] = [serving(engine, proven.run), self._job.module]
-        ms, eager_ms = time_in_turn(runs, self._reference.samples[bucket], self._job.info.device)
+        ms, eager_ms = self._time(serving(engine, proven.run), bucket)
         row.eager_ms = round(eager_ms, 3)
         if self._job.config.compile.only_if_faster and ms > eager_ms:
             message = f"slower than eager: {ms:.3g} ms against {eager_ms:.3g} ms"
@@ -97,9 +101,24 @@ class Builder:
         row.graph_bytes = proven.graph_bytes
         return True
 
+    def _time(self, run: Runner, bucket: Bucket) -> tuple[float, float]:
+        """Return the ms of a run and of eager's; those of a plan for buckets between its ends."""
+        inputs, device = self._reference.samples[bucket], self._job.info.device
+        runs: list[Runner] = [run, self._job.module]
+        if self._plan is None:
+            ms, eager_ms = time_in_turn(runs, inputs, device)
+        elif bucket in (min(self._rows), max(self._rows)):
+            ms, eager_ms = time_in_turn(runs, inputs, device, min_rounds=1, budget_s=0.1)
+        else:
+            known = self._plan.rows[bucket]
+            ms, eager_ms = known["ms"], known["eager_ms"]
+        return ms, eager_ms
+
     def _measure_eager(self, lanes: Mapping[Bucket, Lane]) -> None:
         for bucket, row in self._rows.items():
-            if row.eager_ms is None:
+            if row.eager_ms is None and self._plan is not None:
+                row.eager_ms = self._plan.rows[bucket]["eager_ms"]
+            elif row.eager_ms is None:
                 inputs = self._reference.samples[bucket]
                 row.eager_ms = round(time_in_turn([self._job.module], inputs, self._job.info.device)[0], 3)
             if lanes[bucket].engine.name == "eager":
@@ -110,10 +129,19 @@ class Builder:
             if trial is None:
                 continue
             if trial.engine in used:
+                self._save(trial.engine)
                 trial.engine.finish()
             else:
                 trial.proven.clear()
                 trial.engine.close()
+
+    def _save(self, engine: Engine) -> None:
+        if self._job.kept is None or engine.kept is not None:
+            return
+        try:
+            engine.save(self._job.kept / engine.name)
+        except OSError as error:  # a full disk is no reason not to serve
+            self._report.notes.append(f"{engine.name}: nothing is kept for the next start: {error.strerror}")
 
 
 def serving(engine: Engine, run: Runner) -> Runner:

@@ -1,4 +1,4 @@
-"""`compile_model`: eager as the reference, a race or a named engine, and for every bucket what was proven best."""
+"""`compile_model`: eager as the reference, and for every bucket what was proven best against it."""
 
 from __future__ import annotations
 
@@ -7,36 +7,26 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from optim.arena import NoArena, race_apart
 from optim.attention import check_phase, kernel_of
 from optim.buckets import Bucket, make_grid
-from optim.builder import Builder
+from optim.choose import choose
 from optim.config import Pt2Config
 from optim.device import ensure_cache_folder, pick_device
-from optim.engines import EngineJob, choose_engines
+from optim.engines import EngineJob
 from optim.errors import CompileError
 from optim.model import CompiledModel, Lane, StreamedModel
-from optim.race import Event, Race, Standing, rank
 from optim.reference import Reference
-from optim.report import BucketReport, CompileReport, Refusal, group_refusals
+from optim.report import CompileReport, group_refusals
 from optim.shapes import Example
-from optim.streams import NoStreams, Streams, build_streams, check_streams
-from optim.trial import Trial
+from optim.streams import check_streams
 
 logger = logging.getLogger(__name__)
-
-#: Seconds a race may take where the configuration does not say: with two cores, enough for the engines that start fast
-#: and one that compiles.
-RACE_BUDGET_S = 60.0
-#: Seconds that the building of one engine, or the warm-up of one of its buckets, may take where no budget is given.
-ENGINE_LIMIT_S = 900.0
 
 
 def compile_model(
@@ -82,10 +72,7 @@ def compile_model(
         report.device = job.info.to_dict()
         report.padding = reference.rows_are_independent
         report.seconds["eager"] = round(time.perf_counter() - started, 3)
-        lanes = _choose(job, reference, report)
-        found = None
-        if stream_count > 1:
-            found = _make_streams(job, reference, report, lanes, stream_count, must_pay=streams is None)
+        lanes, beside = choose(job, reference, report, stream_count, streams_must_pay=streams is None)
         report.notes += reference.notes  # now, since verification adds to them
     _give_memory_back()
     report.seconds["total"] = round(time.perf_counter() - started, 3)
@@ -110,87 +97,9 @@ def compile_model(
         )
 
     model = make(lanes)
-    if found is not None:
-        model.streams = StreamedModel(make(found.lanes, found.costs), found.count, found.threads)
+    if beside is not None:
+        model.streams = StreamedModel(make(beside.lanes, beside.costs), beside.count, beside.threads)
     return model
-
-
-def _choose(job: EngineJob, reference: Reference, report: CompileReport) -> dict[Bucket, Lane]:
-    """Find the engines to use, bucket by bucket, and build them."""
-    report.buckets = [BucketReport(b.batch_size, b.length or None) for b in sorted(job.samples)]
-    choice = choose_engines(job)
-    report.notes += choice.notes
-    report.candidates = list(choice.names)
-    names = choice.names
-    if reference.obstacle:
-        report.refusals += [Refusal(name, "preflight", None, None, reference.obstacle) for name in names]
-        names = ()
-    ranking: Mapping[Bucket, list[str]] = {bucket: list(names) for bucket in job.samples}
-    limit_s = job.config.tune.budget_s or ENGINE_LIMIT_S
-    trials: dict[str, Trial] = {}
-    if names and choice.race:
-        with _clock(report, "race"):
-            standing, trials = _race(job, reference, names, job.config.tune.budget_s or RACE_BUDGET_S, report)
-        _take_down(standing, report)
-        only_if_faster = job.config.compile.only_if_faster
-        ranking = {
-            b: [n for n in order if n != "eager"] if order[0] != "eager" else []
-            for b, order in rank(standing.rounds, keep_eager=only_if_faster).items()
-        }
-        # What took the race's whole budget there is not to be waited for any longer here.
-        limit_s = ENGINE_LIMIT_S
-    with _clock(report, "build"):
-        return Builder(job, reference, report, limit_s, trials).build(ranking)
-
-
-def _make_streams(
-    job: EngineJob,
-    reference: Reference,
-    report: CompileReport,
-    lanes: Mapping[Bucket, Lane],
-    count: int,
-    *,
-    must_pay: bool,
-) -> Streams | None:
-    """Build what runs beside each other, or note why there is none."""
-    try:
-        with _clock(report, "streams"):
-            found = build_streams(job, reference, report, lanes, count, ENGINE_LIMIT_S, must_pay=must_pay)
-    except NoStreams as reason:
-        report.notes.append(f"one run at a time: {reason}")
-        return None
-    report.streams = found.count
-    return found
-
-
-def _race(
-    job: EngineJob, reference: Reference, names: tuple[str, ...], budget_s: float, report: CompileReport
-) -> tuple[Standing, dict[str, Trial]]:
-    """Hold the race in a process of its own; on a GPU, or with a module that cannot be carried there, in this one."""
-    if job.info.device.type == "cpu":
-        try:
-            return race_apart(job, reference, names, budget_s, _tell), {}
-        except NoArena as reason:
-            report.notes.append(f"the race was held in this process: {reason}")
-            logger.info("the race is held in this process: %s", reason)
-    race = Race(job, reference, names, time.monotonic() + budget_s, _tell)
-    return race.run(), race.trials
-
-
-def _tell(event: Event) -> None:
-    """Log a race as it goes."""
-    logger.info("race: %s", event)
-
-
-def _take_down(standing: Standing, report: CompileReport) -> None:
-    """Write a race into the report."""
-    rows = {row.bucket: row for row in report.buckets}
-    for refusal in standing.refusals:
-        row = next((row for bucket, row in rows.items() if str(bucket) == refusal.bucket), None)
-        (report.refusals if row is None else row.refusals).append(refusal)
-    for found in standing.rounds:
-        rows[found.bucket].race.append(dict(found.ms))
-    report.notes += standing.notes
 
 
 def _unwrap(module: nn.Module, report: CompileReport) -> nn.Module:
@@ -223,15 +132,6 @@ def _give_memory_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-@contextmanager
-def _clock(report: CompileReport, name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        report.seconds[name] = round(time.perf_counter() - started, 3)
 
 
 def _announce(report: CompileReport) -> None:

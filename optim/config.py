@@ -100,6 +100,18 @@ class TuneConfig:
     """The engines that race, best prospect first; default all that the device supports."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Where what compiling found and made is kept, so that the next replica verifies it instead of racing."""
+
+    enable: bool = True
+    """Keep and use it. Default true."""
+    folder: str | None = None
+    """A folder of this user's that others cannot write to; default pt2-serve in $XDG_CACHE_HOME, else in ~/.cache."""
+    max_gb: float = 10.0
+    """What it may hold, 10^9 bytes; the entries not used for longest are removed. Default 10."""
+
+
 Kernel = Literal["math", "flash", "efficient", "cudnn"]
 
 
@@ -130,6 +142,8 @@ class Pt2Config:
     """How the result is proven."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """How `auto` chooses."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """What is kept for the next start."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Which attention kernels compiled code may use."""
     autocast: bool = False
@@ -218,6 +232,8 @@ def _check(config: Pt2Config, section: Mapping[Any, Any]) -> None:
         raise ConfigError("pt2.tune.engines", config.tune.engines, "only with pt2.compile.backend: auto")
     if config.export.path is not None and not config.export.aot_compile:
         raise ConfigError("pt2.export.path", config.export.path, "only with pt2.export.aot_compile: true")
+    if not config.cache.max_gb > 0:
+        raise ConfigError("pt2.cache.max_gb", config.cache.max_gb, "use gigabytes above 0")
     tolerance = config.verify.tolerance
     if tolerance is not None and not 0 < tolerance < 1:
         raise ConfigError("pt2.verify.tolerance", tolerance, "use a number between 0 and 1")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -44,6 +45,9 @@ SIMPLICITY = (
     "ipex",
     "ipex-compile",
 )
+
+#: Buckets that a race is held on where there are more; the others are tried with what won the nearest of them.
+PROBES = 6
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,29 @@ class Standing:
             self.refusals.append(event)
         elif isinstance(event, Note):
             self.notes.append(event.text)
+
+
+def pick_probes(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """Return the buckets to race on: all where they are few, else some of every size, the ends included."""
+    by_size = sorted(buckets, key=lambda b: (_tokens(b), b))
+    if len(by_size) <= PROBES:
+        return sorted(by_size)
+    places = {round(i * (len(by_size) - 1) / (PROBES - 1)) for i in range(PROBES)}
+    return sorted({by_size[place] for place in places} | {max(by_size)})
+
+
+def nearest(bucket: Bucket, others: Iterable[Bucket]) -> Bucket:
+    """Return the bucket among others whose number of tokens is closest by ratio, then whose rows are."""
+
+    def distance(other: Bucket) -> tuple[float, float, Bucket]:
+        tokens = abs(math.log(_tokens(other) / _tokens(bucket)))
+        return tokens, abs(math.log(other.batch_size / bucket.batch_size)), other
+
+    return min(others, key=distance)
+
+
+def _tokens(bucket: Bucket) -> int:
+    return bucket.batch_size * max(bucket.length, 1)
 
 
 def not_tried(name: str, bucket: Bucket | None = None) -> Refusal:
@@ -146,6 +173,7 @@ def _simplicity(name: str) -> tuple[int, str]:
 class Race:
     """Runs the engines named, in order, against each other and against eager; memory of losers is given back.
 
+    It is held on all of the job's buckets, or on those given.
     `deadline` is on the clock of time.monotonic(). `tell` sees everything as it happens. In an `expendable`
     process an engine that runs out of memory falls out; else that is an error. All engines live on the calling thread,
     which must own the model.
@@ -159,6 +187,7 @@ class Race:
         deadline: float,
         tell: Callable[[Event], None] = lambda event: None,
         *,
+        buckets: Iterable[Bucket] | None = None,
         expendable: bool = False,
     ) -> None:
         self._job, self._reference = job, reference
@@ -166,14 +195,14 @@ class Race:
         self._tell, self._expendable = tell, expendable
         self.standing = Standing()
         #: The engines close to the best of each bucket so far.
-        self._in_race: dict[Bucket, list[str]] = {bucket: ["eager"] for bucket in job.samples}
+        self._in_race: dict[Bucket, list[str]] = {bucket: ["eager"] for bucket in buckets or job.samples}
         self._inductor_is_behind = 0.0
         #: What is still alive at the end: engines that are close to the best somewhere, with what runs their buckets.
         self.trials: dict[str, Trial] = {}
 
     def run(self) -> Standing:
         """Race to the end of the list or of the budget."""
-        for bucket in self._job.samples:
+        for bucket in self._in_race:
             self._time(bucket)
         for name in self._names:
             left = self._deadline - time.monotonic()
@@ -204,7 +233,7 @@ class Race:
         self.trials[name] = trial
         # The largest first: with CUDA graphs, the smaller ones then share its memory. Then the smallest: slow at both
         # ends is slow between them.
-        buckets = sorted(self._job.samples, reverse=True)
+        buckets = sorted(self._in_race, reverse=True)
         hopeless: list[str] = []
         behind: list[float] = []
         for done, bucket in enumerate([buckets[0], *reversed(buckets[1:])]):

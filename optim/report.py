@@ -109,6 +109,10 @@ class CompileReport:
     """Refusals that concern an engine as a whole."""
     notes: list[str] = field(default_factory=list)
     """Decisions worth knowing that are not refusals."""
+    start: str = "cold"
+    """`warm` where a kept plan was verified instead of racing."""
+    cache: str | None = None
+    """The folder of the compile cache that holds what the next start needs, if one does."""
     streams: int = 1
     """How many calls may be made at a time; each then has its share of the threads."""
     padding: bool = True

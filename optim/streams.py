@@ -19,6 +19,7 @@ from optim.device import available_bytes, set_threads
 from optim.engines import EagerEngine, EngineJob, make_engine
 from optim.errors import ConfigError
 from optim.model import Lane
+from optim.plan import Plan
 from optim.reference import Reference
 from optim.report import CompileReport
 from optim.timing import time_streams
@@ -66,11 +67,13 @@ def build_streams(
     limit_s: float,
     *,
     must_pay: bool,
+    plan: Plan | None = None,
 ) -> Streams:
     """Build what serves each bucket once more, for the threads of a stream, hold it against eager, and time it.
 
     NoStreams is raised where an engine's code takes one call at a time, where memory is short, and, with `must_pay`,
-    where no bucket does more work on streams. Writes figures into the report's rows.
+    where no bucket does more work on streams. Writes figures into the report's rows; those of a plan are not measured
+    again.
     """
     compiled = {lane.engine.name: lane.engine for lane in lanes.values() if lane.engine.name != "eager"}
     if not compiled:
@@ -87,6 +90,8 @@ def build_streams(
     threads = torch.get_num_threads() // count
     with _threads(threads):
         built = _build(replace(job, streams=count), reference, lanes, limit_s)
+    if plan is not None:
+        return Streams(count, threads, built, {bucket: row["stream_ms"] for bucket, row in plan.rows.items()})
     costs: dict[Bucket, float] = {}
     for bucket, lane in sorted(built.items()):
         whole, beside = time_streams(lanes[bucket].run, lane.run, job.samples[bucket], count, threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class EngineJob:
     """The operators by which the module looks at tensor values in Python."""
     phase: str = "forward"
     """What a call of the module is: `forward`, `prefill` or `decode`; decides its attention kernels."""
+    kept: Path | None = None
+    """Where `Engine.save` of an earlier build of the same module may have left something, by the engine's name."""
     streams: int = 1
     """How many calls are made at a time, each on as many threads as torch has while code is built."""
 
@@ -109,6 +112,15 @@ class Engine:
 
     def check_warm(self, bucket: Bucket) -> None:
         """Raise where warm-up ended in something else than compiled code (a silent fallback)."""
+
+    def save(self, folder: Path) -> None:
+        """Leave in a new folder what spares the next build of the same module time; call before `finish`."""
+
+    @property
+    def kept(self) -> Path | None:
+        """The folder that an earlier build saved to, if there is one."""
+        folder = None if self.job.kept is None else self.job.kept / self.name
+        return folder if folder is not None and folder.is_dir() else None
 
     def finish(self) -> None:
         """Let go of what only building needed: every bucket that this engine serves is built."""

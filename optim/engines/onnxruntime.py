@@ -66,6 +66,9 @@ class OnnxRuntimeEngine(Engine):
 
     def build(self) -> None:
         """Export with free sizes; a module that has its sizes in its code is exported bucket by bucket instead."""
+        if self.kept is not None:
+            self._folder, self._shared = self.kept, (self.kept / "shared.onnx").exists()
+            return
         self._folder = Path(tempfile.mkdtemp(prefix="pt2-onnx-"))
         self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         shapes = self._free_sizes()
@@ -93,7 +96,7 @@ class OnnxRuntimeEngine(Engine):
 
         sample = self.job.samples[bucket]
         name = "shared" if self._shared else str(bucket)
-        if not self._shared:
+        if not self._path(name).exists():
             self._export(sample, None, self._path(name))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -117,6 +120,11 @@ class OnnxRuntimeEngine(Engine):
             return rebuild([torch.from_numpy(array).to(d) for array, d in zip(found, dtypes, strict=True)])
 
         return run
+
+    def save(self, folder: Path) -> None:
+        """Leave the exported files."""
+        if self._folder is not None:
+            shutil.copytree(self._folder, folder)
 
     def finish(self) -> None:
         """Remove the exported files: sessions hold what they need of them."""

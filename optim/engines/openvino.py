@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from optim.buckets import Bucket
 from optim.device import available_bytes, import_openvino
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.engines.tracing import require_traceable
+
+_MODEL = "model.xml"
 
 
 class OpenVinoEngine(Engine):
@@ -43,6 +46,12 @@ class OpenVinoEngine(Engine):
     def build(self) -> None:
         """Convert with free shapes; weights are shared with the module."""
         openvino = import_openvino()
+        if self.kept is not None:
+            core = openvino.Core()
+            # Mapped, a file that somebody shortens would end the process.
+            core.set_property({"ENABLE_MMAP": False})
+            self._converted = core.read_model(self.kept / _MODEL)
+            return
         # More than one row: tracing would take 1 for a constant.
         sample = self.job.samples[max(self.job.samples)]
         flat = FlatModule(self.job.module, self.job, autocast=False).eval()
@@ -82,6 +91,12 @@ class OpenVinoEngine(Engine):
             return rebuild([torch.from_numpy(found[p]).to(d) for p, d in zip(ports, dtypes, strict=True)])
 
         return run
+
+    def save(self, folder: Path) -> None:
+        """Leave the converted model."""
+        if self._converted is not None:
+            folder.mkdir()
+            import_openvino().save_model(self._converted, folder / _MODEL, compress_to_fp16=False)
 
     def close(self) -> None:
         """Drop the converted model; compiled ones go with what runs them."""

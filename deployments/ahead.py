@@ -1,0 +1,61 @@
+"""`python -m deployments.ahead serve_config.yaml`: compile into the cache without serving, for images and CI.
+
+Replicas on machines of the same kind, with the same packages and this cache (`pt2.cache.folder`), then start warm.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deployments.args import ModelArgs
+from deployments.check import OUR_BUILDER
+from deployments.check import main as check
+from deployments.compile import compile_servable, resources
+
+
+def _models(config: Mapping[str, Any]) -> Iterator[tuple[ModelArgs, str, int]]:
+    """Yield what the replicas of a checked configuration file compile, with device and threads."""
+    for application in config.get("applications", ()):
+        if application.get("import_path") == OUR_BUILDER:
+            args = ModelArgs.parse(application.get("args"))
+            options: Mapping[str, Any] = {}
+            for deployment in application.get("deployments", ()):
+                options = deployment.get("ray_actor_options") or {}
+            yield args, *resources(args, options.get("num_cpus", 1), options.get("num_gpus", 0))
+
+
+def main(arguments: list[str]) -> int:
+    """Compile every model of the files named; return 0 where replicas will find all of them in the cache."""
+    files = arguments or ["serve_config.yaml"]
+    if status := check(files):
+        return status
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("optim").setLevel(logging.INFO)
+    for args, device, threads in (m for name in files for m in _models(yaml.safe_load(Path(name).read_text()))):
+        print(f"{args.name}: {device}, {threads} threads", flush=True)
+        model = compile_servable(args.make_servable(), args, device, threads)
+        report = model.report
+        spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in report.seconds.items())
+        if report.cache is None:
+            print(f"{args.name}: nothing is kept; notes: {'; '.join(report.notes) or 'none'}", file=sys.stderr)
+            status = 1
+        else:
+            how = "was there already" if report.start == "warm" else "is there now"
+            print(f"{args.name}: {report.cache} {how} ({spent} s); a replica verifies:")
+            for bucket in report.buckets:
+                beside = f", {bucket.stream_ms:.2f} ms on a stream" if bucket.stream_ms else ""
+                print(f"  bucket {bucket.bucket}: {bucket.engine}, {bucket.ms:.2f} ms{beside}")
+        del model, report
+        gc.collect()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,248 @@
+"""The compile cache: folders of what compiling left, proven whole before they are trusted.
+
+Every entry is a folder that appears at once (a rename) with a manifest of its files' hashes. A lock file a name keeps
+those who need the same entry apart: one makes it, the others wait; the system drops a dead owner's lock.
+Artifacts are code, so nothing is read from where others than this user can write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_MANIFEST = "MANIFEST.json"
+#: Part of every folder name: raise it where what is stored, or its meaning, changes.
+FORMAT = 1
+#: How many rejected entries are kept for somebody to look at.
+_KEPT_REJECTED = 4
+_POLL_S = 0.1
+_TURN = "turn"
+_SAY_AFTER_S = 10.0
+
+
+class CacheUnusable(Exception):
+    """The cache's folder cannot be used; the message is the reason."""
+
+
+class Damaged(Exception):
+    """An entry is not what was stored; the message is the reason."""
+
+
+def default_folder() -> Path:
+    """Return `pt2-serve` under $XDG_CACHE_HOME, else under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG base directory specification: a path that is not absolute is to be ignored.
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "pt2-serve"
+
+
+@dataclass(frozen=True)
+class Held:
+    """An entry under its lock: `path` is its folder, or None where it is to be made and `Cache.store`d."""
+
+    name: str
+    path: Path | None
+
+
+class Cache:
+    """Entries by name in a folder that belongs to this user and that others cannot write to; else CacheUnusable."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder / f"v{FORMAT}"
+        self._max_bytes = max_bytes
+        #: What was found damaged, for the report.
+        self.rejections: list[str] = []
+        try:
+            for part in (folder, self.folder, *(self.folder / name for name in ("entries", "locks", "rejected"))):
+                part.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _require_private(part)
+        except OSError as error:
+            raise CacheUnusable(f"{error.filename}: {error.strerror}") from error
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[Held]:
+        """Find an entry, waiting for whoever makes it; where there is none, the caller makes it, and others wait.
+
+        An entry found is locked against eviction only, so that several may read it.
+        """
+        with self._lock_file(name) as lock:
+            others = "another process that compiles the same"
+            self._lock(lock, fcntl.LOCK_SH, others)
+            path = self._find(name)
+            if path is None:
+                self._lock(lock, fcntl.LOCK_UN, others)
+                self._lock(lock, fcntl.LOCK_EX, others)
+                path = self._find(name)  # the one waited for may have made it
+                if path is not None:
+                    self._lock(lock, fcntl.LOCK_SH, others)
+            yield Held(name, path)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for a turn to measure: races beside each other on the same cores would choose by chance."""
+        with self._lock_file(_TURN) as lock:
+            self._lock(lock, fcntl.LOCK_EX, "its turn to measure, after another model on this machine")
+            yield
+
+    def store(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """Make an entry by filling a folder and return it; it replaces one that is there. Call while it is held."""
+        made = Path(tempfile.mkdtemp(prefix="making-", dir=self.folder))
+        target = self.folder / "entries" / name
+        try:
+            fill(made)
+            _write_manifest(made)
+            if target.exists():
+                self._set_aside(name)
+            made.rename(target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        self.evict(keep=name)
+        return target
+
+    def reject(self, name: str, reason: str) -> None:
+        """Set an entry aside that does not hold what it promised, and say so."""
+        self.rejections.append(f"cache entry {name} was set aside: {reason}")
+        logger.warning("%s (kept under %s)", self.rejections[-1], self.folder / "rejected")
+        self._set_aside(name)
+
+    def evict(self, keep: str = "") -> list[str]:
+        """Remove the entries that were not used for longest until the rest fits; return their names."""
+        self._sweep()
+        entries = sorted(
+            ((_used(path), path) for path in (self.folder / "entries").iterdir()), key=lambda pair: pair[0]
+        )
+        sizes = {path: _size(path) for _, path in entries}
+        total, gone = sum(sizes.values()), []
+        for _, path in entries:
+            if total <= self._max_bytes:
+                break
+            if path.name != keep and self._remove_unless_used(path):
+                total -= sizes[path]
+                gone.append(path.name)
+        if gone:
+            logger.info("removed from the compile cache to make room: %s", ", ".join(gone))
+        return gone
+
+    def _find(self, name: str) -> Path | None:
+        path = self.folder / "entries" / name
+        try:
+            _require_private(path)
+            _check_manifest(path)
+            os.utime(path)
+        except FileNotFoundError:
+            if path.exists():
+                self.reject(name, "it has no manifest, or a file is gone")
+            return None
+        except (CacheUnusable, Damaged, OSError) as error:
+            self.reject(name, str(error))
+            return None
+        return path
+
+    def _set_aside(self, name: str) -> None:
+        rejected = self.folder / "rejected"
+        with tempfile.TemporaryDirectory(prefix="aside-", dir=self.folder) as place:
+            moved = Path(place) / name
+            try:
+                (self.folder / "entries" / name).rename(moved)
+                moved.rename(rejected / f"{name}-{time.time_ns()}")
+            except FileNotFoundError:
+                return  # another process did it
+        for old in sorted(rejected.iterdir(), key=_used)[:-_KEPT_REJECTED]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _remove_unless_used(self, path: Path) -> bool:
+        with self._lock_file(path.name) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            shutil.rmtree(path, ignore_errors=True)
+        return True
+
+    def _sweep(self) -> None:
+        """Remove what processes that died left half made."""
+        for left in self.folder.glob("making-*"):
+            if time.time() - _used(left) > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
+
+    @contextmanager
+    def _lock_file(self, name: str) -> Iterator[int]:
+        lock = os.open(self.folder / "locks" / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            yield lock
+        finally:
+            os.close(lock)
+
+    def _lock(self, lock: int, how: int, what_for: str) -> None:
+        started = time.monotonic()
+        said = started
+        while True:
+            try:
+                fcntl.flock(lock, how | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                now = time.monotonic()
+                if now - said > _SAY_AFTER_S:
+                    logger.info("waiting for %s (%.0f s so far)", what_for, now - started)
+                    said = now
+                time.sleep(_POLL_S)
+
+
+def _require_private(path: Path) -> None:
+    """Raise CacheUnusable where somebody else could have put files there."""
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise CacheUnusable(f"{path} is not a folder")
+    if found.st_uid != os.getuid():
+        raise CacheUnusable(f"{path} belongs to user {found.st_uid}, not to {os.getuid()}")
+    if found.st_mode & 0o022:
+        raise CacheUnusable(f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); use 700")
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {str(path.relative_to(folder)): _hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+
+
+def _check_manifest(folder: Path) -> None:
+    """Raise Damaged where the files are not the ones that were stored."""
+    try:
+        files = dict(json.loads((folder / _MANIFEST).read_bytes())["files"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+    if found - {_MANIFEST} != set(files):
+        names = sorted((found - {_MANIFEST}) ^ set(files))
+        raise Damaged(f"files were added or are gone: {', '.join(names[:3])}")
+    for name, expected in files.items():
+        path = folder / name
+        if path.is_symlink() or _hash(path) != expected:
+            raise Damaged(f"{name} is not what was stored")
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())

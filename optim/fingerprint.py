@@ -1,0 +1,104 @@
+"""What decides the result of compiling: the key of the compile cache."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optim.engines.base import EngineJob
+
+
+def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
+    """Return everything but the weights' values that decides which engines win, and what their code is.
+
+    Rather too much than too little: any other version of an installed package, and any other source file of those that
+    are loaded and not installed, is another key.
+    """
+    config = {key: value for key, value in job.config.to_dict().items() if key != "cache"}
+    return {
+        "packages": _packages(),
+        "python": platform.python_version(),
+        "code": _own_code(job.module),
+        "device": {
+            "name": job.info.name,
+            "threads": torch.get_num_threads(),
+            "capability": torch.cuda.get_device_capability(job.info.device) if job.info.device.type == "cuda" else None,
+            "streams": streams,
+        },
+        "config": config,
+        "phase": job.phase,
+        "examples": {str(b): [[str(t.dtype), list(t.shape)] for t in job.samples[b]] for b in sorted(job.samples)},
+        "module": _structure(job.module),
+    }
+
+
+def key_of(description: Mapping[str, Any]) -> str:
+    """Return the key of a description: 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def hash_weights(module: nn.Module) -> str:
+    """Return the hash of all parameters' and buffers' values."""
+    found = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
+
+
+@functools.cache
+def _packages() -> list[str]:
+    return sorted({f"{found.name}=={found.version}" for found in importlib.metadata.distributions()})
+
+
+def _own_code(module: nn.Module) -> dict[str, str]:
+    """Return the hashes of the source files of the packages that the module's classes are from, and of ours.
+
+    Installed ones are left out: their versions are in the key. All files of a package count, loaded or not, so that
+    every process finds the same.
+    """
+    installed = tuple(str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib"))
+    found = {}
+    for name in sorted({__name__.partition(".")[0], *(type(m).__module__.partition(".")[0] for m in module.modules())}):
+        package = sys.modules.get(name)
+        folders = [Path(folder) for folder in getattr(package, "__path__", ())]
+        file = getattr(package, "__file__", None)
+        files = [path for folder in folders for path in sorted(folder.rglob("*.py"))] or ([Path(file)] if file else [])
+        for path in files:
+            if not str(path.resolve()).startswith(installed):
+                found[f"{name}:{path.name if not folders else path.relative_to(folders[0])}"] = _hash(path)
+    return found
+
+
+def _hash(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+
+
+def _structure(module: nn.Module) -> list[Any]:
+    """Return every submodule's class and plain settings, and every tensor's dtype and shape."""
+    parts: list[Any] = []
+    for name, part in module.named_modules():
+        settings = {
+            key: value
+            for key, value in sorted(vars(part).items())
+            if not key.startswith("_") and isinstance(value, str | int | float | bool | tuple | list | type(None))
+        }
+        parts.append([name, f"{type(part).__module__}.{type(part).__qualname__}", part.extra_repr(), str(settings)])
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [*parts, [[name, str(t.dtype), list(t.shape)] for name, t in tensors]]

@@ -1,0 +1,194 @@
+"""The compile cache's folders: whole or not there, locked by the living, and nobody else's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from optim.cache import Cache, CacheUnusable, default_folder
+
+MUCH = 10**9
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache", MUCH)
+
+
+def put(cache: Cache, name: str, **files: bytes) -> None:
+    def fill(folder: Path) -> None:
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+
+    cache.store(name, fill)
+
+
+def find(cache: Cache, name: str) -> Path | None:
+    with cache.hold(name) as held:
+        return held.path
+
+
+def test_what_is_stored_is_found_whole(cache: Cache) -> None:
+    assert find(cache, "a") is None
+    put(cache, "a", one=b"1", two=b"22")
+    found = find(cache, "a")
+    assert found is not None
+    assert {path.name: path.read_bytes() for path in found.iterdir() if path.name != "MANIFEST.json"} == {
+        "one": b"1",
+        "two": b"22",
+    }
+    put(cache, "a", one=b"new")
+    assert (found / "one").read_bytes() == b"new"
+    assert not (found / "two").exists()
+
+
+@pytest.mark.parametrize("file", ["one", "two", "MANIFEST.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "remove", "link"])
+def test_an_entry_that_was_touched_is_set_aside(cache: Cache, file: str, how: str) -> None:
+    put(cache, "a", one=b"content", two=b"more")
+    found = find(cache, "a")
+    assert found is not None
+    path = found / file
+    content = path.read_bytes()
+    path.unlink()
+    if how == "flip":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "link":
+        (found.parent / "elsewhere").write_bytes(content)
+        path.symlink_to(found.parent / "elsewhere")
+    assert find(cache, "a") is None or (how == "link" and file == "MANIFEST.json")
+    if not found.exists():
+        assert len(cache.rejections) == 1
+        assert "cache entry a was set aside: " in cache.rejections[0]
+        assert len(list((cache.folder / "rejected").iterdir())) == 1
+    put(cache, "a", one=b"again")
+    assert find(cache, "a") is not None
+
+
+def test_a_file_that_was_added_is_noticed(cache: Cache) -> None:
+    put(cache, "a", one=b"1")
+    (cache.folder / "entries" / "a" / "more.so").write_bytes(b"?")
+    assert find(cache, "a") is None
+    assert "files were added or are gone: more.so" in cache.rejections[0]
+
+
+def test_what_cannot_be_made_leaves_nothing(cache: Cache) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").write_bytes(b"1")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        cache.store("a", fill)
+    assert find(cache, "a") is None
+    assert not list(cache.folder.glob("making-*"))
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(CacheUnusable, match=rf"can be written by others \(mode {mode:o}\)"):
+        Cache(folder, MUCH)
+
+
+def test_an_entry_that_others_can_write_to_is_not_used(cache: Cache) -> None:
+    put(cache, "a", one=b"1")
+    (cache.folder / "entries" / "a").chmod(0o777)
+    assert find(cache, "a") is None
+    assert "can be written by others" in cache.rejections[0]
+
+
+def test_a_place_where_no_folder_can_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheUnusable, match=r"file.*Not a directory|File exists"):
+        Cache(tmp_path / "file", MUCH)
+
+
+def test_the_least_recently_used_make_room(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 2500)
+    for age, name in ((30, "old"), (20, "older-but-used")):
+        put(cache, name, data=bytes(1000))
+        os.utime(cache.folder / "entries" / name, (time.time() - age, time.time() - age))
+    assert find(cache, "old") is not None  # so it is the one used last
+    put(cache, "new", data=bytes(1000))
+    assert {path.name for path in (cache.folder / "entries").iterdir()} == {"old", "new"}
+
+
+def test_an_entry_in_use_is_not_evicted(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 1500)
+    put(cache, "used", data=bytes(1000))
+    with cache.hold("used") as held:
+        put(cache, "new", data=bytes(1000))
+        assert held.path is not None
+        assert held.path.exists()
+    cache.evict(keep="new")
+    assert find(cache, "used") is None
+
+
+def test_one_makes_it_and_the_others_wait(cache: Cache) -> None:
+    made: list[int] = []
+    found: list[bytes] = []
+
+    def start(number: int) -> None:
+        own = Cache(cache.folder.parent, MUCH)
+        with own.hold("a") as held:
+            path = held.path
+            if path is None:
+                made.append(number)
+                time.sleep(0.2)
+                put(own, "a", data=b"made once")
+                path = own.folder / "entries" / "a"
+            found.append((path / "data").read_bytes())
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert found == [b"made once"] * 6
+
+
+def test_a_dead_owner_holds_nobody_up(cache: Cache) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from optim.cache import Cache
+cache = Cache(Path(sys.argv[1]), 10**9)
+with cache.hold("a") as held:
+    assert held.path is None
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(cache.folder.parent)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "held\n"
+        got = threading.Event()
+
+        def wait() -> None:
+            with cache.hold("a"):
+                got.set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not got.wait(0.5)
+        owner.kill()
+        waiting.join()
+    assert got.is_set()
+
+
+def test_the_default_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_folder() == Path("/somewhere/pt2-serve")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert default_folder() == Path.home() / ".cache" / "pt2-serve"

@@ -1,0 +1,214 @@
+"""A second start verifies what the first one found, and believes nothing that does not hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optim import CompiledModel, compile_model
+from optim.cache import default_folder
+from optim.device import inspect_device
+from optim.verify import compare
+from tests.support import models
+
+CPU = inspect_device(torch.device("cpu")).capabilities
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.skipif(not CPU[name].available, reason=CPU[name].detail))
+    for name in ("onnxruntime", "openvino")
+]
+
+
+def build(backend: str = "pt2test_faithful", module: nn.Module | None = None, **more: Any) -> CompiledModel:
+    from tests.support import backends
+
+    assert backends.BACKENDS
+    section = {"compile": {"backend": backend, "only_if_faster": False}, **more.pop("pt2", {})}
+    return compile_model(
+        module or models.Mlp(), models.features, section, device="cpu", **{"batch_sizes": (1, 4), **more}
+    )
+
+
+def entries() -> list[Path]:
+    return sorted((default_folder() / "v1" / "entries").glob("*"))
+
+
+def check(model: CompiledModel, module: nn.Module) -> None:
+    for rows in (1, 2, 4, 7):
+        inputs = models.features(rows)
+        with torch.no_grad():
+            assert compare(model(*inputs), module.eval()(*inputs)).max_abs < 1e-4
+    assert model.report.after_ready.failed_runs == 0
+
+
+@pytest.mark.parametrize("backend", [*ENGINES, "pt2test_faithful"])
+def test_the_second_start_is_warm(backend: str) -> None:
+    cold = build(backend)
+    assert (cold.report.start, len(entries())) == ("cold", 1)
+    warm = build(backend)
+    assert (warm.report.start, len(entries())) == ("warm", 1)
+    assert warm.report.engines() == cold.report.engines() == dict.fromkeys(("1", "4"), backend)
+    assert [row.ms for row in warm.report.buckets] == [row.ms for row in cold.report.buckets]
+    assert all(row.relative_error is not None for row in warm.report.buckets), "it was verified"
+    check(warm, models.Mlp())
+
+
+@pytest.mark.parametrize("backend", ENGINES[:1])
+def test_streams_start_warm_too(backend: str) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        cold, warm = build(backend, streams=2), build(backend, streams=2)
+    finally:
+        torch.set_num_threads(before)
+    assert cold.streams is not None
+    assert warm.streams is not None
+    assert warm.report.start == "warm"
+    assert warm.streams.model.costs == pytest.approx(cold.streams.model.costs, rel=0.01)
+    check(warm.streams.model, models.Mlp())
+
+
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+def test_a_race_is_not_held_again() -> None:
+    section = {"compile": {"backend": "auto", "only_if_faster": False}, "tune": {"engines": ["onnxruntime"]}}
+    cold = compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 4), device="cpu")
+    warm = compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 4), device="cpu")
+    assert "race" in cold.report.seconds
+    assert "race" not in warm.report.seconds
+    assert warm.report.engines() == cold.report.engines()
+    assert [row.race for row in warm.report.buckets] == [row.race for row in cold.report.buckets]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"module": models.Mlp(seed=1)},
+        {"module": models.Nested()},
+        {"batch_sizes": (1, 2, 4)},
+        {"phase": "decode"},
+        {"pt2": {"verify": {"tolerance": 0.01}}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_anything_else_is_another_entry(change: dict[str, Any]) -> None:
+    build()
+    model = build(**change)
+    assert (model.report.start, len(entries())) == ("cold", 2)
+
+
+def test_other_threads_are_another_entry() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert build().report.start == "cold"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("seed", range(3))
+def test_flipped_bytes_never_make_a_wrong_answer(backend: str, seed: int) -> None:
+    build(backend)
+    dice = random.Random(seed)
+    for path in [path for entry in entries() for path in entry.rglob("*") if path.is_file()]:
+        content = bytearray(path.read_bytes())
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        path.write_bytes(content)
+    model = build(backend)
+    assert model.report.start == "cold"
+    assert any("was set aside" in note for note in model.report.notes)
+    check(model, models.Mlp())
+    assert build(backend).report.start == "warm"
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_an_artifact_of_other_weights_is_found_out(backend: str) -> None:
+    """Its hashes are right, and so is its key: only the comparison with eager can tell."""
+    build(backend)
+    ours = entries()[0]
+    build(backend, models.Mlp(seed=5))
+    theirs = next(entry for entry in entries() if entry != ours)
+    kept = (ours / "plan.json").read_bytes()
+    for path in sorted(ours.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    ours.rmdir()
+    theirs.rename(ours)
+    (ours / "plan.json").write_bytes(kept)
+    manifest = json.loads((ours / "MANIFEST.json").read_text())
+    import hashlib
+
+    manifest["files"]["plan.json"] = hashlib.sha256(kept).hexdigest()
+    (ours / "MANIFEST.json").write_text(json.dumps(manifest))
+    model = build(backend)
+    assert model.report.start == "cold"
+    assert any("its plan does not hold any more" in note for note in model.report.notes), model.report.notes
+    check(model, models.Mlp())
+
+
+def test_a_plan_that_is_slower_than_eager_now_is_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"compile": {"backend": "pt2test_faithful"}}
+    figures = [1.0, 2.0]
+    monkeypatch.setattr("optim.builder.time_in_turn", lambda runs, *args, **kwargs: figures[: len(runs)])
+
+    def start() -> CompiledModel:
+        return compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 4), device="cpu")
+
+    from tests.support import backends
+
+    assert backends.BACKENDS
+    start()
+    assert start().report.start == "warm"
+    figures.reverse()
+    model = start()
+    assert model.report.start == "cold"
+    assert set(model.report.engines().values()) == {"eager"}
+    assert any("its plan does not hold any more" in note and "slower than eager" in note for note in model.report.notes)
+
+
+def test_a_plan_for_something_else_is_not_believed() -> None:
+    build()
+    [entry] = entries()
+    other = entry.parent / ("0" * 32)
+    build(module=models.Mlp(seed=1))
+    foreign = next(path for path in entries() if path != entry)
+    foreign.rename(other)
+    entry.rename(foreign)
+    model = build(module=models.Mlp(seed=1))
+    assert model.report.start == "cold"
+    assert any("its plan was made for something else" in note for note in model.report.notes)
+
+
+def test_what_failed_is_not_kept() -> None:
+    model = build("pt2test_raises_at_call")
+    assert set(model.report.engines().values()) == {"eager"}
+    assert entries() == []
+    assert any(note.startswith("no plan is kept: bucket") for note in model.report.notes)
+
+
+def test_it_can_be_switched_off() -> None:
+    assert build(pt2={"cache": {"enable": False}}).report.start == "cold"
+    assert not default_folder().exists()
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    section = {"cache": {"folder": str(tmp_path / "mine")}}
+    build(pt2=section)
+    assert not default_folder().exists()
+    assert build(pt2=section).report.start == "warm"
+
+
+def test_a_cache_that_cannot_be_used_is_told_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    model = build(pt2={"cache": {"folder": str(folder)}})
+    assert any("no compile cache: " in note and "written by others" in note for note in model.report.notes)
+    assert set(model.report.engines().values()) == {"pt2test_faithful"}
+    assert not os.listdir(folder)
