@@ -112,7 +112,7 @@ def measure(workload: Workload, server: Server, path: str, options: argparse.Nam
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workloads", nargs="*", choices=[*SERVABLES, []], default=list(SERVABLES))
+    parser.add_argument("workloads", nargs="*", choices=[*SERVABLES, []], default=[], help="default: both")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--capacity", type=int, default=32, help="the clients whose rate `--shares` are of")
@@ -127,7 +127,7 @@ def main() -> None:
         parser.error(f"--capacity {options.capacity} is not among --clients")
     print(f"One replica or worker, {options.threads} threads. {describe_machine()}", flush=True)
     results = {}
-    for name in options.workloads:
+    for name in options.workloads or SERVABLES:
         workload = Workload.make(name)
         found: dict[str, list[Found]] = {}
         for _ in range(options.rounds):

@@ -55,7 +55,7 @@ def in_a_process(workload: str, threads: int, cache: Path, *, eager: bool) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workloads", nargs="*", choices=[*SERVABLES, []], default=list(SERVABLES))
+    parser.add_argument("workloads", nargs="*", choices=[*SERVABLES, []], default=[], help="default: both")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -65,7 +65,7 @@ def main() -> None:
         print(json.dumps(start_once(options.workloads[0], options.threads, eager=options.eager)))
         return
     print(f"Seconds, medians of {options.rounds} rounds, {options.threads} threads. {describe_machine()}")
-    for workload in options.workloads:
+    for workload in options.workloads or SERVABLES:
         found: dict[str, list[dict[str, Any]]] = {"eager": [], "cold": [], "warm": []}
         for _ in range(options.rounds):
             with tempfile.TemporaryDirectory(prefix="bench-cache-") as cache:

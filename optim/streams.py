@@ -89,7 +89,8 @@ def build_streams(
         )
     threads = torch.get_num_threads() // count
     with _threads(threads):
-        built = _build(replace(job, streams=count), reference, lanes, limit_s)
+        # With a plan, the whole of what is built was held against eager more than once, on other threads.
+        built = _build(replace(job, streams=count), reference, lanes, limit_s, is_thorough=plan is None)
     if plan is not None:
         return Streams(count, threads, built, {bucket: row["stream_ms"] for bucket, row in plan.rows.items()})
     costs: dict[Bucket, float] = {}
@@ -105,11 +106,13 @@ def build_streams(
     return Streams(count, threads, built, costs)
 
 
-def _build(job: EngineJob, reference: Reference, lanes: Mapping[Bucket, Lane], limit_s: float) -> dict[Bucket, Lane]:
+def _build(
+    job: EngineJob, reference: Reference, lanes: Mapping[Bucket, Lane], limit_s: float, *, is_thorough: bool
+) -> dict[Bucket, Lane]:
     """Return the same engines' code for as many threads as torch has now, proven right."""
     found: dict[Bucket, Lane] = {b: Lane(EagerEngine(job), job.module) for b in lanes}
     for name in sorted({lane.engine.name for lane in lanes.values()} - {"eager"}):
-        trial = Trial(make_engine(name, job), reference, limit_s)
+        trial = Trial(make_engine(name, job), reference, limit_s, is_thorough)
         refusal = trial.prepare()
         for bucket in [b for b in sorted(lanes, reverse=True) if lanes[b].engine.name == name]:
             refusal = refusal or trial.prove(bucket).get(bucket)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +45,8 @@ class Trial:
     engine: Engine
     reference: Reference
     limit_s: float
+    is_thorough: bool = True
+    """Whether to verify on more than the example."""
     proven: dict[Bucket, Proven] = field(default_factory=dict)
 
     def prepare(self) -> Refusal | None:
@@ -150,7 +152,8 @@ class Trial:
         allowed = tolerance(self.engine.job.config)
         first: tuple[Any, Any] | None = None
         probes = ((inputs, self.reference.run(inputs)) for group in self._probes(bucket) for inputs in group)
-        for inputs, expected in chain(self.reference.data(bucket), probes):
+        data = chain(self.reference.data(bucket), probes)
+        for inputs, expected in data if self.is_thorough else islice(data, 1):
             exact = self.reference.exact(inputs)
             kept = [t.clone() for t in inputs]
             output = run(*inputs)

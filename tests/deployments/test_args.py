@@ -109,7 +109,11 @@ def test_the_shipped_configuration_is_right() -> None:
     ("right", "wrong", "message"),
     [
         ("enable: true", "enabel: true", "applications[0]: pt2.compile.enabel: True is not allowed"),
-        ("num_cpus: 1}", "num_cpus: 1}\n        num_replica: 2", "deployments[0].num_replica: there is no such key"),
+        (
+            "num_cpus: 0.5}",
+            "num_cpus: 0.5}\n        num_replica: 2",
+            "deployments[0].num_replica: there is no such key",
+        ),
         (
             "route_prefix: /",
             "route_prefx: /",
@@ -123,18 +127,18 @@ def test_the_shipped_configuration_is_right() -> None:
         ),
         ("port: 8000", "port: eight", "http_options.port"),
         (
-            "num_cpus: 1}",
-            "num_cpus: 1}\n        max_ongoing_requests: 8",
+            "num_cpus: 0.5}",
+            "num_cpus: 0.5}\n        max_ongoing_requests: 8",
             "deployments[0].max_ongoing_requests: 8 is not allowed; leave it out (128 is derived",
         ),
         (
-            "target_ongoing_requests: 8",
+            "target_ongoing_requests: 16",
             "target_ongoing_requests: 65",
             "deployments[0].autoscaling_config.target_ongoing_requests: 65 is not allowed; use 64 (batching.max_queue)",
         ),
         (
-            "num_cpus: 1}",
-            "num_cpus: 1}\n        user_config: {batch_sizes: [1]}",
+            "num_cpus: 0.5}",
+            "num_cpus: 0.5}\n        user_config: {batch_sizes: [1]}",
             "deployments[0].user_config.batch_sizes: [1] is not allowed; there is no such key",
         ),
         ("applications:", "applications: {", "not YAML"),
