@@ -49,19 +49,16 @@ class Server:
                 total += process.memory_full_info().pss
         return total / 1e6
 
-    def means(self, *histograms: str) -> list[float | None]:
-        """Return the mean of each of Ray's histograms, over all that was observed; None where nothing was."""
+    def observed(self, histogram: str) -> tuple[int, float]:
+        """Return how often Ray's histogram was observed, and about its mean: Ray counts by the middle of its buckets."""
         found = Path(self.log.parent / "ray" / "prom_metrics_service_discovery.json")
         targets = [target for group in json.loads(found.read_text()) for target in group["targets"]]
         text = "".join(urllib.request.urlopen(f"http://{t}/metrics", timeout=10).read().decode() for t in targets)
-        means: list[float | None] = []
-        for name in histograms:
-            total, count = (
-                sum(float(value) for value in re.findall(rf"^ray_{name}_{part}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
-                for part in ("sum", "count")
-            )
-            means.append(total / count if count else None)
-        return means
+        total, count = (
+            sum(float(v) for v in re.findall(rf"^ray_{histogram}_{part}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+            for part in ("sum", "count")
+        )
+        return int(count), total / max(count, 1)
 
     def wait(self, path: str, payload: bytes, deadline_s: float = 600) -> None:
         """Wait until a request is answered; RuntimeError with the log where the server ends before."""

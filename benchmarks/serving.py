@@ -85,8 +85,8 @@ class Found:
     open: list[tuple[float, Load]]
     """By share of the rate at the clients of `--capacity`."""
     memory_mb: float
-    means: list[float | None] | None = None
-    """Rows and padding of ours' runs."""
+    batches: tuple[float, float] | None = None
+    """Requests a run, and about the share that was padding; ours only."""
 
 
 def measure(workload: Workload, server: Server, path: str, options: argparse.Namespace, *, is_ours: bool) -> Found:
@@ -106,7 +106,9 @@ def measure(workload: Workload, server: Server, path: str, options: argparse.Nam
     found.memory_mb = server.memory_mb()
     if is_ours:
         time.sleep(12)  # Ray's metrics are that late
-        found.means = server.means("pt2_batch_rows", "pt2_padding_fraction")
+        runs, padding = server.observed("pt2_padding_fraction")
+        waits, _ = server.observed("pt2_queue_wait_ms")
+        found.batches = (waits / max(runs, 1), padding)
     return found
 
 
@@ -163,9 +165,8 @@ def print_closed(workload: Workload, found: dict[str, list[Found]], clients: lis
         bad = f"{sum(len(load.failed) for load in loads)} / {sum(load.wrong for load in loads)}"
         memory = statistics.median(r.memory_mb for r in rounds)
         print(f"| {system} | {' | '.join(cells)} | {memory:.0f} | {bad} |", flush=True)
-    for rows, padding in (r.means for r in found[OURS] if r.means):
-        if rows is not None and padding is not None:
-            print(f"\n{OURS}: {rows:.2f} rows a run, {100 * padding:.1f} % of a run padding, over all of the above")
+    for requests, padding in (r.batches for r in found[OURS] if r.batches):
+        print(f"\n{OURS}: {requests:.2f} requests a run, about {100 * padding:.0f} % of a run padding, over all loads")
 
 
 def print_open(found: dict[str, list[Found]], shares: list[float]) -> None:

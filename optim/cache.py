@@ -42,10 +42,14 @@ class Damaged(Exception):
 
 
 def default_folder() -> Path:
-    """Return `pt2-serve` under $XDG_CACHE_HOME, else under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification: a path that is not absolute is to be ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "pt2-serve"
+    """Return `pt2-serve` under $XDG_CACHE_HOME, else under ~/.cache; CacheUnusable where there is no home."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the XDG base directory specification: such a path is to be ignored
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise CacheUnusable(f"{error} Set XDG_CACHE_HOME or pt2.cache.folder") from error
+    return base / "pt2-serve"
 
 
 @dataclass(frozen=True)

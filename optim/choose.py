@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from optim.arena import NoArena, race_apart
 from optim.buckets import Bucket
 from optim.builder import Builder
 from optim.cache import Cache, CacheUnusable, default_folder
 from optim.engines import EngineJob, choose_engines
+from optim.errors import describe, is_device_error
 from optim.fingerprint import describe_job, hash_weights, key_of
 from optim.model import Lane
 from optim.plan import BadPlan, Plan
@@ -48,13 +50,14 @@ def choose(
     if reference.obstacle:
         report.refusals += [Refusal(name, "preflight", None, None, reference.obstacle) for name in choice.names]
         return chooser.start_cold((), Path())
-    cache = _open_cache(job, report) if choice.names else None
-    if cache is None:
+    cache, made_for = None, None
+    if choice.names and job.config.cache.enable:
+        with clock(report, "cache"):
+            cache, made_for = _open_cache(job, report), _describe(job, streams, report)
+    if cache is None or made_for is None:
         with _folder() as folder:
             return chooser.start_cold(choice.names, folder)
-    with clock(report, "cache"):
-        made_for = {**describe_job(job, streams), "weights": hash_weights(job.module)}
-        key = key_of(made_for)
+    key = key_of(made_for)
     for _ in range(2):  # once more after a plan was set aside; then whoever is first makes a new one
         waited = time.perf_counter()
         with cache.hold(key) as held:
@@ -79,15 +82,28 @@ def choose(
 
 def _open_cache(job: EngineJob, report: CompileReport) -> Cache | None:
     asked = job.config.cache
-    if not asked.enable:
-        return None
-    folder = Path(asked.folder).expanduser() if asked.folder else default_folder()
     try:
+        folder = Path(asked.folder).expanduser() if asked.folder else default_folder()
         return Cache(folder, int(asked.max_gb * 1e9))
-    except CacheUnusable as reason:
-        report.notes.append(f"no compile cache: {reason}")
-        logger.warning("no compile cache: %s", reason)
+    except (CacheUnusable, RuntimeError) as reason:  # the second: `~` of a user without a home
+        _no_cache(report, str(reason))
         return None
+
+
+def _describe(job: EngineJob, streams: int, report: CompileReport) -> dict[str, Any] | None:
+    """Return what decides the result, or None with a note for a module that cannot be described."""
+    try:
+        return {**describe_job(job, streams), "weights": hash_weights(job.module)}
+    except Exception as error:  # modules and tensors of all kinds
+        if is_device_error(error):
+            raise
+        _no_cache(report, "the module cannot be described: {}: {}".format(*describe(error, 300)))
+        return None
+
+
+def _no_cache(report: CompileReport, reason: str) -> None:
+    report.notes.append(f"no compile cache: {reason}")
+    logger.warning(report.notes[-1])
 
 
 @contextmanager
@@ -185,7 +201,7 @@ class _Chooser:
         for row in report.buckets:
             if row.engine != plan.rows[row.bucket]["engine"]:
                 why = [*report.refusals, *row.refusals]
-                raise BadPlan(f"its plan does not hold any more: {why[-1]}")
+                raise BadPlan(f"its plan does not hold any more: {why[-1] if why else row.engine}")
         plan.fill(report)
         if plan.streams == 1:
             if self._streams > 1:

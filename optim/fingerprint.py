@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 import sysconfig
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,19 @@ def _own_code(module: nn.Module) -> dict[str, str]:
         folders = [Path(folder) for folder in getattr(package, "__path__", ())]
         file = getattr(package, "__file__", None)
         files = [path for folder in folders for path in sorted(folder.rglob("*.py"))] or ([Path(file)] if file else [])
+        if not files:  # a notebook's classes
+            classes = {type(m) for m in module.modules() if type(m).__module__.partition(".")[0] == name}
+            found.update({f"{name}:{c.__qualname__}": _hash_class(c) for c in classes})
         for path in files:
             if not str(path.resolve()).startswith(installed):
                 found[f"{name}:{path.name if not folders else path.relative_to(folders[0])}"] = _hash(path)
     return found
+
+
+def _hash_class(kind: type) -> str:
+    codes = [f.__code__ for f in vars(kind).values() if isinstance(f, types.FunctionType)]
+    parts = [(code.co_code, repr(code.co_consts), code.co_names) for code in codes]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _hash(path: Path) -> str:

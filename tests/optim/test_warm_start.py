@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +214,43 @@ def test_a_cache_that_cannot_be_used_is_told_and_nothing_else(tmp_path: Path) ->
     assert any("no compile cache: " in note and "written by others" in note for note in model.report.notes)
     assert set(model.report.engines().values()) == {"pt2test_faithful"}
     assert not os.listdir(folder)
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home.")))
+    model = build()
+    assert "no compile cache: Could not determine home. Set XDG_CACHE_HOME or pt2.cache.folder" in model.report.notes
+    assert set(model.report.engines().values()) == {"pt2test_faithful"}
+
+
+class Odd(models.Mlp):
+    """A module whose settings cannot be read."""
+
+    def extra_repr(self) -> str:
+        raise RuntimeError("not now")
+
+
+def test_a_module_that_cannot_be_described_is_compiled_all_the_same() -> None:
+    model = build(module=Odd())
+    assert any(
+        "no compile cache: the module cannot be described: RuntimeError: not now" in n for n in model.report.notes
+    )
+    assert set(model.report.engines().values()) == {"pt2test_faithful"}
+    check(model, models.Mlp())
+
+
+def test_replicas_that_start_at_once_compile_once(tmp_path: Path) -> None:
+    code = """
+import sys
+from optim import compile_model
+from tests.support import backends, models
+section = {"compile": {"backend": "pt2test_faithful", "only_if_faster": False}, "cache": {"folder": sys.argv[1]}}
+model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 4), device="cpu")
+print(model.report.start)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "shared")]
+    root = Path(__file__).parents[2]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(4)]
+    starts = sorted(process.communicate()[0].split()[-1] for process in started)
+    assert starts == ["cold", "warm", "warm", "warm"]
