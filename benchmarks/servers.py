@@ -50,7 +50,7 @@ class Server:
         return total / 1e6
 
     def observed(self, histogram: str) -> tuple[int, float]:
-        """Return how often Ray's histogram was observed, and about its mean: Ray counts by the middle of its buckets."""
+        """Return how often Ray's histogram was observed, and about its mean: Ray sums the middles of its buckets."""
         found = Path(self.log.parent / "ray" / "prom_metrics_service_discovery.json")
         targets = [target for group in json.loads(found.read_text()) for target in group["targets"]]
         text = "".join(urllib.request.urlopen(f"http://{t}/metrics", timeout=10).read().decode() for t in targets)
