@@ -72,7 +72,7 @@ def test_streams_start_warm_too(backend: str) -> None:
     assert cold.streams is not None
     assert warm.streams is not None
     assert warm.report.start == "warm"
-    assert warm.streams.model.costs == pytest.approx(cold.streams.model.costs, rel=0.01)
+    assert warm.streams.model.costs == pytest.approx(cold.streams.model.costs, abs=1e-3)  # as far as a plan has them
     check(warm.streams.model, models.Mlp())
 
 
