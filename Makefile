@@ -52,7 +52,7 @@ format: .venv/.installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# Print the README's tables of figures, measured here; about half an hour.
+# Print the README's tables of figures, measured here; about an hour.
 bench: bench-engines bench-serving bench-hop bench-start
 
 bench-engines: .venv/.bench-installed

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.bars import draw_bars
 from benchmarks.direct import against_direct
 from benchmarks.machine import describe_machine
 from benchmarks.models import SUBJECTS
@@ -116,13 +117,12 @@ def plot(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(len(results), 1, figsize=(10, 3.6 * len(results)), squeeze=False, layout="constrained")
     for axis, (subject, reports) in zip(axes[:, 0], results.items(), strict=True):
         names = [bucket_name(b) for b in next(iter(reports.values()))["buckets"]]
-        width = 0.8 / len(reports)
-        for i, (engine, report) in enumerate(reports.items()):
-            ratios = [b["speedup"] if b["engine"] != "eager" or engine == "auto" else 0 for b in report["buckets"]]
-            places = [group + (i - len(reports) / 2 + 0.5) * width for group in range(len(names))]
-            axis.bar(places, ratios, width, label=engine, color="black" if engine == "auto" else f"C{i}")
+        ratios = {
+            engine: [b["speedup"] if b["engine"] != "eager" or engine == "auto" else 0 for b in report["buckets"]]
+            for engine, report in reports.items()
+        }
+        draw_bars(axis, names, ratios, ours="auto")
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set_xticks(range(len(names)), names)
         axis.set_ylabel("times as fast as eager")
         axis.set_title(SUBJECTS[subject].title)
     axes[0, 0].legend(ncols=5, fontsize="small")

@@ -35,16 +35,20 @@ class Server:
     def cpu_s(self) -> float:
         """Return the CPU seconds of the whole process tree so far."""
         total = 0.0
-        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
+        for process in self._tree():
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
                 total += times.user + times.system
         return total
 
+    def _tree(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
     def memory_mb(self) -> float:
         """Return the memory of the whole process tree, MB; what processes share is counted once (PSS)."""
         total = 0
-        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
+        for process in self._tree():
             with contextlib.suppress(psutil.Error):
                 total += process.memory_full_info().pss
         return total / 1e6

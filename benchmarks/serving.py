@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bars import draw_bars
 from benchmarks.baselines import SERVABLES
 from benchmarks.load import Load, closed_loop, make_form, open_loop
 from benchmarks.machine import describe_machine
@@ -199,12 +200,9 @@ def plot(results: dict[str, dict[str, list[Found]]], clients: list[int], path: P
 
     figure, axes = plt.subplots(len(results), 1, figsize=(10, 3.6 * len(results)), squeeze=False, layout="constrained")
     for axis, (workload, found) in zip(axes[:, 0], results.items(), strict=True):
-        width = 0.8 / len(found)
-        for i, (system, rounds) in enumerate(found.items()):
-            places = [group + (i - len(found) / 2 + 0.5) * width for group in range(len(clients))]
-            rates = [rate(rounds, place) for place in range(len(clients))]
-            axis.bar(places, rates, width, label=system, color="black" if system == OURS else f"C{i}")
-        axis.set_xticks(range(len(clients)), [f"{n} client{'s' * (n > 1)}" for n in clients])
+        names = [f"{n} client{'s' * (n > 1)}" for n in clients]
+        rates = {system: [rate(rounds, i) for i in range(len(clients))] for system, rounds in found.items()}
+        draw_bars(axis, names, rates, ours=OURS)
         axis.set_ylabel("requests a second")
         axis.set_title(workload)
     axes[0, 0].legend(fontsize="small")

@@ -22,11 +22,11 @@ from deployments.compile import compile_servable, resources
 
 def _models(config: Mapping[str, Any]) -> Iterator[tuple[ModelArgs, str, int]]:
     """Yield what the replicas of a checked configuration file compile, with device and threads."""
-    for application in config.get("applications", ()):
+    for application in config.get("applications") or ():
         if application.get("import_path") == OUR_BUILDER:
             args = ModelArgs.parse(application.get("args"))
             options: Mapping[str, Any] = {}
-            for deployment in application.get("deployments", ()):
+            for deployment in application.get("deployments") or ():
                 options = deployment.get("ray_actor_options") or {}
             yield args, *resources(args, options.get("num_cpus", 1), options.get("num_gpus", 0))
 

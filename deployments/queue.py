@@ -105,8 +105,6 @@ class RequestQueue:
 
     def take(self, *, on_stream: bool = False) -> list[Queued]:
         """Take out what runs next: the oldest request and those planned with it; on a stream, its share at most."""
-        if not self._waiting:
-            return []
         peers = self._peers(self._waiting[0])
         planner, most_rows = (self._stream_planner, self._most_rows()) if on_stream else (self._planner, None)
         group = [self._waiting[0]]

@@ -55,7 +55,8 @@ class Builder:
             lanes.update(built)
             for bucket in buckets:
                 waiting[bucket] = [] if bucket in built else waiting[bucket][1:]
-        self._measure_eager(lanes)
+        if self._plan is None:  # else its figures are taken over
+            self._measure_eager(lanes)
         self._finish({lane.engine for lane in lanes.values()})
         return lanes
 
@@ -116,9 +117,7 @@ class Builder:
 
     def _measure_eager(self, lanes: Mapping[Bucket, Lane]) -> None:
         for bucket, row in self._rows.items():
-            if row.eager_ms is None and self._plan is not None:
-                row.eager_ms = self._plan.rows[bucket]["eager_ms"]
-            elif row.eager_ms is None:
+            if row.eager_ms is None:
                 inputs = self._reference.samples[bucket]
                 # For planning alone, so the first figures will do.
                 ms, *_ = time_in_turn([self._job.module], inputs, self._job.info.device, min_rounds=2, budget_s=0.2)

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -52,14 +51,6 @@ def default_folder() -> Path:
     return base / "pt2-serve"
 
 
-@dataclass(frozen=True)
-class Held:
-    """An entry under its lock: `path` is its folder, or None where it is to be made and `Cache.store`d."""
-
-    name: str
-    path: Path | None
-
-
 class Cache:
     """Entries by name in a folder that belongs to this user and that others cannot write to; else CacheUnusable."""
 
@@ -76,8 +67,8 @@ class Cache:
             raise CacheUnusable(f"{error.filename}: {error.strerror}") from error
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[Held]:
-        """Find an entry, waiting for whoever makes it; where there is none, the caller makes it, and others wait.
+    def hold(self, name: str) -> Iterator[Path | None]:
+        """Find an entry's folder, waiting for whoever makes it; with None the caller makes it, and others wait.
 
         An entry found is locked against eviction only, so that several may read it.
         """
@@ -91,7 +82,7 @@ class Cache:
                 path = self._find(name)  # the one waited for may have made it
                 if path is not None:
                     self._lock(lock, fcntl.LOCK_SH, others)
-            yield Held(name, path)
+            yield path
 
     @contextmanager
     def turn(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,22 +59,22 @@ def choose(
             return chooser.start_cold(choice.names, folder)
     key = key_of(made_for)
     for _ in range(2):  # once more after a plan was set aside; then whoever is first makes a new one
-        waited = time.perf_counter()
-        with cache.hold(key) as held:
-            report.seconds["cache"] = round(report.seconds["cache"] + time.perf_counter() - waited, 3)
-            if held.path is None:
+        with ExitStack() as stack:
+            with clock(report, "cache"):
+                path = stack.enter_context(cache.hold(key))
+            if path is None:
                 with _turn(cache, job, report), _folder() as folder:
                     outcome = chooser.start_cold(choice.names, folder)
                     _keep(cache, key, folder, Plan.of(report, made_for), report)
                 break
             try:
-                outcome = chooser.start_warm(Plan.load(held.path, made_for), held.path)
+                outcome = chooser.start_warm(Plan.load(path, made_for), path)
                 break
             except BadPlan as reason:
                 cache.reject(key, str(reason))
                 chooser.begin_again()
     else:
-        with _folder() as folder:
+        with _turn(cache, job, report), _folder() as folder:
             outcome = chooser.start_cold(choice.names, folder)
     report.notes += cache.rejections
     return outcome
@@ -109,12 +109,10 @@ def _no_cache(report: CompileReport, reason: str) -> None:
 @contextmanager
 def _turn(cache: Cache, job: EngineJob, report: CompileReport) -> Iterator[None]:
     """Let models that start on one CPU race one after the other; GPUs are not shared."""
-    if job.info.device.type != "cpu":
-        yield
-        return
-    waited = time.perf_counter()
-    with cache.turn():
-        report.seconds["turn"] = round(time.perf_counter() - waited, 3)
+    with ExitStack() as stack:
+        if job.info.device.type == "cpu":
+            with clock(report, "turn"):
+                stack.enter_context(cache.turn())
         yield
 
 

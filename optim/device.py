@@ -174,6 +174,12 @@ def available_bytes() -> int | None:
     return min(found, default=None)
 
 
+def is_room_for(size: int) -> bool:
+    """Say whether taking so many bytes leaves half of the free memory to others; yes, where that is not known."""
+    available = available_bytes()
+    return available is None or size < available / 2
+
+
 def _no_cuda() -> str:
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) was built without CUDA"

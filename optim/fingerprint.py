@@ -23,8 +23,8 @@ from optim.engines.base import EngineJob
 def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
     """Return everything but the weights' values that decides which engines win, and what their code is.
 
-    Rather too much than too little: any other version of an installed package, and any other source file of those that
-    are loaded and not installed, is another key.
+    Rather too much than too little: any other version of an installed package, and any other source file of the
+    packages that the module's classes are from, is another key.
     """
     config = {key: value for key, value in job.config.to_dict().items() if key != "cache"}
     return {

@@ -7,7 +7,6 @@ of it. So the same code is built once more for fewer threads, and how long its r
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from optim.buckets import Bucket
-from optim.device import available_bytes, set_threads
+from optim.device import is_room_for, set_threads
 from optim.engines import EagerEngine, EngineJob, make_engine
 from optim.errors import ConfigError
 from optim.model import Lane
@@ -24,8 +23,6 @@ from optim.reference import Reference
 from optim.report import CompileReport
 from optim.timing import time_streams
 from optim.trial import Trial
-
-logger = logging.getLogger(__name__)
 
 #: More of them are not tried unless asked for: beyond that, one run takes long and memory is shared by too many.
 MOST = 4
@@ -81,12 +78,9 @@ def build_streams(
     alone = [name for name, engine in compiled.items() if not engine.takes_calls_at_once]
     if alone:
         raise NoStreams(f"code of {alone[0]} takes one call at a time")
-    weights = sum(t.nbytes for t in [*job.module.parameters(), *job.module.buffers()])
-    available = available_bytes()
-    if available is not None and weights * len(lanes) > available / 2:
-        raise NoStreams(
-            f"{len(lanes)} more copies of {weights / 2**20:.0f} MiB might not leave half of the free memory"
-        )
+    if not is_room_for(job.weight_bytes * len(lanes)):
+        copies = f"{len(lanes)} more copies of {job.weight_bytes >> 20} MiB"
+        raise NoStreams(f"{copies} might not leave half of the free memory")
     threads = torch.get_num_threads() // count
     with _threads(threads):
         # With a plan, the whole of what is built was held against eager more than once, on other threads.

@@ -64,6 +64,11 @@ class EngineJob:
         )
 
     @property
+    def weight_bytes(self) -> int:
+        """The size of all parameters and buffers."""
+        return sum(t.nbytes for t in [*self.module.parameters(), *self.module.buffers()])
+
+    @property
     def autocast(self) -> bool:
         """Whether the compiled engine is asked to run under bf16."""
         return self.config.autocast

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from optim.buckets import Bucket
-from optim.device import available_bytes, import_openvino
+from optim.device import import_openvino, is_room_for
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.engines.tracing import require_traceable
 
@@ -30,7 +30,6 @@ class OpenVinoEngine(Engine):
         super().__init__(job)
         self._converted: Any = None
         self._free: Any = None
-        self._weight_bytes = sum(t.nbytes for t in [*job.module.parameters(), *job.module.buffers()])
         self._free_buckets: list[str] = []
 
     def preflight(self) -> None:
@@ -72,7 +71,7 @@ class OpenVinoEngine(Engine):
             # Pinning would put the replicas of one machine on the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        if self._is_room_for_weights():
+        if is_room_for(self.job.weight_bytes):
             model = model.clone()
             model.reshape({port: list(tensor.shape) for port, tensor in zip(model.inputs, sample, strict=True)})
             compiled = openvino.Core().compile_model(model, "CPU", properties)
@@ -107,11 +106,6 @@ class OpenVinoEngine(Engine):
         if not self._free_buckets:
             return []
         return [f"openvino: buckets {', '.join(self._free_buckets)} share a model with free shapes for want of memory"]
-
-    def _is_room_for_weights(self) -> bool:
-        """Say whether another packed copy of the weights leaves half of the free memory to others."""
-        available = available_bytes()
-        return available is None or self._weight_bytes < available / 2
 
     def _dtypes(self) -> list[torch.dtype]:
         return [spec.dtype for spec in self.job.input_specs] + list(self.job.output_dtypes)

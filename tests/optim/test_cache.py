@@ -30,8 +30,8 @@ def put(cache: Cache, name: str, **files: bytes) -> None:
 
 
 def find(cache: Cache, name: str) -> Path | None:
-    with cache.hold(name) as held:
-        return held.path
+    with cache.hold(name) as path:
+        return path
 
 
 def test_what_is_stored_is_found_whole(cache: Cache) -> None:
@@ -126,10 +126,10 @@ def test_the_least_recently_used_make_room(tmp_path: Path) -> None:
 def test_an_entry_in_use_is_not_evicted(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache", 1500)
     put(cache, "used", data=bytes(1000))
-    with cache.hold("used") as held:
+    with cache.hold("used") as path:
         put(cache, "new", data=bytes(1000))
-        assert held.path is not None
-        assert held.path.exists()
+        assert path is not None
+        assert path.exists()
     cache.evict(keep="new")
     assert find(cache, "used") is None
 
@@ -140,8 +140,7 @@ def test_one_makes_it_and_the_others_wait(cache: Cache) -> None:
 
     def start(number: int) -> None:
         own = Cache(cache.folder.parent, MUCH)
-        with own.hold("a") as held:
-            path = held.path
+        with own.hold("a") as path:
             if path is None:
                 made.append(number)
                 time.sleep(0.2)
@@ -164,8 +163,8 @@ import os, sys
 from pathlib import Path
 from optim.cache import Cache
 cache = Cache(Path(sys.argv[1]), 10**9)
-with cache.hold("a") as held:
-    assert held.path is None
+with cache.hold("a") as path:
+    assert path is None
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import optim.engines.openvino
+import optim.device
 from optim import CompiledModel, compile_model
 from optim.device import inspect_device
 from optim.shapes import Example
@@ -101,7 +101,7 @@ def test_a_dtype_that_numpy_has_not_is_refused(backend: str) -> None:
 
 @pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
 def test_where_memory_is_short_buckets_share_a_model_with_free_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim.engines.openvino, "available_bytes", lambda: 0)
+    monkeypatch.setattr(optim.device, "available_bytes", lambda: 0)
     module = models.Mlp().eval()
     model = build(module, models.features, "openvino")
     assert set(model.report.engines().values()) == {"openvino"}, model.report.all_refusals()
