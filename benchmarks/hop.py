@@ -39,6 +39,10 @@ VARIANTS: dict[str, Mapping[str, str]] = {
 }
 
 
+#: The arguments of a model that does nothing.
+NOTHING = {"model": "benchmarks.hop:Nothing", "name": "nothing", "pt2": {"compile": {"enable": False}}}
+
+
 class Nothing(Servable):
     """Takes any body and answers a number."""
 
@@ -61,10 +65,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    application = {
-        "import_path": "deployments.app:build",
-        "args": {"model": "benchmarks.hop:Nothing", "name": "nothing", "pt2": {"compile": {"enable": False}}},
-    }
+    application = {"import_path": "deployments.app:build", "args": NOTHING}
     path = "/predictions/nothing"
     found: dict[str, list[list[tuple[float, float, float]]]] = {name: [] for name in VARIANTS}
     for _ in range(options.rounds):

@@ -94,8 +94,19 @@ def closed_loop(port: int, path: str, payloads: Sequence[bytes], check: Check, c
     return load
 
 
-def open_loop(port: int, path: str, payloads: Sequence[bytes], check: Check, rate: float, seconds: float) -> Load:
-    """Send requests at random times, `rate` a second, whether answers come or not; latency counts from that time."""
+def open_loop(
+    port: int,
+    path: str,
+    payloads: Sequence[bytes],
+    check: Check,
+    rate: float,
+    seconds: float,
+    stop: threading.Event | None = None,
+) -> Load:
+    """Send requests at random times, `rate` a second, whether answers come or not; latency counts from that time.
+
+    Ends after some seconds or as soon as `stop` is set, and waits for the answers.
+    """
     load, dice = Load(seconds), random.Random(7)
     waiting: queue.SimpleQueue[tuple[int, float] | None] = queue.SimpleQueue()
 
@@ -111,6 +122,8 @@ def open_loop(port: int, path: str, payloads: Sequence[bytes], check: Check, rat
     begin = due = time.perf_counter()
     while (due := due + dice.expovariate(rate)) < begin + seconds:
         time.sleep(max(due - time.perf_counter(), 0))
+        if stop is not None and stop.is_set():
+            break
         waiting.put((dice.randrange(len(payloads)), due))
     for _ in threads:
         waiting.put(None)

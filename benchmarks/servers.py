@@ -29,8 +29,11 @@ PORT = 8311
 class Server:
     """A running server."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.process, self.log = process, log
+    #: What it was told to serve, where that is a configuration file of Ray Serve.
+    config: Mapping[str, Any] | None = None
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, environment: Mapping[str, str]) -> None:
+        self.process, self.log, self.environment = process, log, environment
 
     def cpu_s(self) -> float:
         """Return the CPU seconds of the whole process tree so far."""
@@ -91,7 +94,7 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None) 
             [sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        yield Server(process, log)
+        yield Server(process, log, env)
     finally:
         tree = []
         with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
@@ -121,4 +124,5 @@ def serve_run(
         path.write_text(yaml.safe_dump(config))
         command = ["-m", "ray.serve.scripts", "run", str(path)] if plain else ["-m", "deployments.run", str(path)]
         with start(command, environment) as server:
+            server.config = config
             yield server

@@ -17,6 +17,7 @@ from deployments.host_pool import make_host_pool
 from deployments.http import make_app
 from deployments.metrics import ModelMetrics
 from deployments.model_thread import ModelThread, fail
+from deployments.priority import last_in_line
 from deployments.queue import Work
 from deployments.service import ModelService
 from optim import CompiledModel
@@ -44,7 +45,9 @@ class ModelReplica:
         self._servable = args.make_servable()
         self._host_pool = make_host_pool(max(2, _own_resources(args)[1]))
         self._thread = ModelThread(args.name or "", self._metrics.record_batch)
-        self._model = await asyncio.wrap_future(self._thread.call(self._load))
+        with last_in_line() as waits:
+            logger.info("the start %s other processes", "gives way to" if waits else "does not give way to")
+            self._model = await asyncio.wrap_future(self._thread.call(self._load))
         self._metrics.record_report(self._model.report)
         self._admission = Admission(
             args.batching.max_queue,
