@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from deployments.args import ModelArgs
 from deployments.servable import Servable
 from optim import CompiledModel, compile_model
 from optim.device import set_threads
+from optim.share import Share
 
 
-def compile_servable(servable: Servable, args: ModelArgs, device: str, threads: int) -> CompiledModel:
-    """Load a servable's module and compile it for the calling thread, as `args` say."""
+def compile_servable(
+    servable: Servable, args: ModelArgs, device: str, threads: int, shares: Sequence[Share] = ()
+) -> CompiledModel:
+    """Load a servable's module and compile it for the calling thread, as `args` say; `shares` may have its plan."""
     set_threads(threads)
     return compile_model(
         servable.load(),
@@ -22,6 +26,7 @@ def compile_servable(servable: Servable, args: ModelArgs, device: str, threads: 
         token_budget=args.batching.token_budget_on(device),
         device=device,
         streams=args.batching.streams,
+        shares=shares,
     )
 
 

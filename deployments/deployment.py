@@ -20,6 +20,7 @@ from deployments.model_thread import ModelThread, fail
 from deployments.priority import last_in_line
 from deployments.queue import Work
 from deployments.service import ModelService
+from deployments.sharing import ClusterShare
 from optim import CompiledModel
 from optim.errors import ConfigError
 from optim.shapes import Inputs
@@ -44,6 +45,7 @@ class ModelReplica:
         self._metrics = ModelMetrics(args.name or "")
         self._servable = args.make_servable()
         self._host_pool = make_host_pool(max(2, _own_resources(args)[1]))
+        self._share = ClusterShare()
         self._thread = ModelThread(args.name or "", self._metrics.record_batch)
         with last_in_line() as waits:
             logger.info("the start %s other processes", "gives way to" if waits else "does not give way to")
@@ -75,7 +77,7 @@ class ModelReplica:
 
     def _load(self) -> CompiledModel:
         """Load and compile; runs on the model thread."""
-        model = compile_servable(self._servable, self._args, *_own_resources(self._args))
+        model = compile_servable(self._servable, self._args, *_own_resources(self._args), [self._share])
         self._thread.serve(model)
         return model
 
@@ -141,6 +143,7 @@ class ModelReplica:
         self._metrics.record_after_ready(self._model.report.after_ready)
         if self._thread.failure is not None:
             raise RuntimeError(self._thread.failure)
+        await asyncio.to_thread(self._share.publish)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP application; Ray Serve calls it when the replica is ready."""

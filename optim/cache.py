@@ -93,11 +93,18 @@ class Cache:
 
     def store(self, name: str, fill: Callable[[Path], None]) -> Path:
         """Make an entry by filling a folder and return it; it replaces one that is there. Call while it is held."""
+        return self._make(name, fill, _write_manifest)
+
+    def adopt(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """Take over an entry that was made elsewhere, its manifest with it; Damaged where it is not whole."""
+        return self._make(name, fill, _check_manifest)
+
+    def _make(self, name: str, fill: Callable[[Path], None], finish: Callable[[Path], None]) -> Path:
         made = Path(tempfile.mkdtemp(prefix="making-", dir=self.folder))
         target = self.folder / "entries" / name
         try:
             fill(made)
-            _write_manifest(made)
+            finish(made)
             if target.exists():
                 self._set_aside(name)
             made.rename(target)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from optim.plan import BadPlan, Plan
 from optim.race import Event, Race, Standing, nearest, pick_probes, rank
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport, Refusal
+from optim.share import KEY_VARIABLE, Exchange, Share, ShareUnusable, UriShare
 from optim.streams import NoStreams, Streams, build_streams
 from optim.trial import Trial
 
@@ -39,9 +41,18 @@ Outcome = tuple[dict[Bucket, Lane], Streams | None]
 
 
 def choose(
-    job: EngineJob, reference: Reference, report: CompileReport, streams: int, *, streams_must_pay: bool
+    job: EngineJob,
+    reference: Reference,
+    report: CompileReport,
+    streams: int,
+    shares: Sequence[Share] = (),
+    *,
+    streams_must_pay: bool,
 ) -> Outcome:
-    """Return what serves each bucket, and what serves it on streams; a kept plan is verified, else engines compete."""
+    """Return what serves each bucket, and what serves it on streams; a kept plan is verified, else engines compete.
+
+    A plan that is not kept here may come from another machine, over one of the shares.
+    """
     report.buckets = [BucketReport(b.batch_size, b.length or None) for b in sorted(job.samples)]
     choice = choose_engines(job)
     report.notes += choice.notes
@@ -58,17 +69,23 @@ def choose(
         with _folder() as folder:
             return chooser.start_cold(choice.names, folder)
     key = key_of(made_for)
-    for _ in range(2):  # once more after a plan was set aside; then whoever is first makes a new one
+    exchange = Exchange(cache, key, [*shares, *_open_uri(job, report)], report)
+    for attempt in range(2):  # once more after a plan was set aside; then whoever is first makes a new one
         with ExitStack() as stack:
             with clock(report, "cache"):
                 path = stack.enter_context(cache.hold(key))
+            if path is None and attempt == 0:
+                with clock(report, "share"):
+                    path = exchange.adopt()
             if path is None:
                 with _turn(cache, job, report), _folder() as folder:
                     outcome = chooser.start_cold(choice.names, folder)
-                    _keep(cache, key, folder, Plan.of(report, made_for), report)
+                    path = _keep(cache, key, folder, Plan.of(report, made_for), report)
+                exchange.offer(path)
                 break
             try:
                 outcome = chooser.start_warm(Plan.load(path, made_for), path)
+                exchange.offer(path)
                 break
             except BadPlan as reason:
                 cache.reject(key, str(reason))
@@ -88,6 +105,18 @@ def _open_cache(job: EngineJob, report: CompileReport) -> Cache | None:
     except (CacheUnusable, RuntimeError) as reason:  # the second: `~` of a user without a home
         _no_cache(report, str(reason))
         return None
+
+
+def _open_uri(job: EngineJob, report: CompileReport) -> list[Share]:
+    uri = job.config.cache.uri
+    if uri is None:
+        return []
+    try:
+        return [UriShare(uri, os.environ.get(KEY_VARIABLE))]
+    except ShareUnusable as reason:
+        report.notes.append(f"pt2.cache.uri: {uri} is not used: {reason}")
+        logger.warning(report.notes[-1])
+        return []
 
 
 def _describe(job: EngineJob, streams: int, report: CompileReport) -> dict[str, Any] | None:
@@ -122,24 +151,27 @@ def _folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _keep(cache: Cache, key: str, folder: Path, plan: Plan, report: CompileReport) -> None:
+def _keep(cache: Cache, key: str, folder: Path, plan: Plan, report: CompileReport) -> Path | None:
     """Store what was found and made, unless a bucket is eager for a reason that may not be there next time."""
     for bucket in report.buckets:
         lasting = {"time", "preflight", "verify"}
         failed = [r for r in [*report.refusals, *bucket.refusals] if r.stage not in lasting]
         if bucket.engine == "eager" and failed:
             report.notes.append(f"no plan is kept: bucket {bucket.bucket} is eager, and {failed[0]}")
-            return
+            return None
 
     def fill(target: Path) -> None:
         shutil.copytree(folder, target, dirs_exist_ok=True)
         plan.save(target)
 
     try:
-        report.cache = str(cache.store(key, fill))
+        path = cache.store(key, fill)
     except OSError as error:
         report.notes.append(f"no plan is kept: {error.strerror} ({error.filename})")
         logger.warning(report.notes[-1])
+        return None
+    report.cache = str(path)
+    return path
 
 
 class _Chooser:

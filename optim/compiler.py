@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from optim.model import CompiledModel, Lane, StreamedModel
 from optim.reference import Reference
 from optim.report import CompileReport, group_refusals
 from optim.shapes import Example
+from optim.share import Share
 from optim.streams import check_streams
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def compile_model(
     device: str | torch.device | None = None,
     phase: str = "forward",
     streams: int | None = 1,
+    shares: Sequence[Share] = (),
 ) -> CompiledModel:
     """Compile a module for declared shapes and return a callable that is right, and never slower than eager.
 
@@ -48,8 +50,9 @@ def compile_model(
     left out, but for the smallest batch size. `config` is a Pt2Config or any form that `Pt2Config.parse` reads.
     `device` is where the model shall run; default CUDA where there is one. `phase` says what a call is (`forward`,
     `prefill`, `decode`), for the attention kernels. On a CPU, `streams` is how many calls may be made at a time,
-    each on its share of the threads (`CompiledModel.streams`); None is as many as were measured to pay. The module is
-    moved to the device and put in eval mode. Call from the thread that will run the model, with its thread count set.
+    each on its share of the threads (`CompiledModel.streams`); None is as many as were measured to pay. `shares` are
+    where plans of other machines are found, beside `pt2.cache.uri`. The module is moved to the device and put in eval
+    mode. Call from the thread that will run the model, with its thread count set.
 
     Raises ConfigError for wrong arguments, ModelError where the module fails in eager mode, CompileError where it
     cannot be compiled and `fallback` is `fail` (or `strict` is set), and device and memory errors as they come.
@@ -72,7 +75,7 @@ def compile_model(
         report.device = job.info.to_dict()
         report.padding = reference.rows_are_independent
         report.seconds["eager"] = round(time.perf_counter() - started, 3)
-        lanes, beside = choose(job, reference, report, stream_count, streams_must_pay=streams is None)
+        lanes, beside = choose(job, reference, report, stream_count, shares, streams_must_pay=streams is None)
         report.notes += reference.notes  # now, since verification adds to them
     _give_memory_back()
     report.seconds["total"] = round(time.perf_counter() - started, 3)

@@ -108,6 +108,9 @@ class CacheConfig:
     """Keep and use it. Default true."""
     folder: str | None = None
     """A folder of this user's that others cannot write to; default pt2-serve in $XDG_CACHE_HOME, else in ~/.cache."""
+    uri: str | None = None
+    """A folder of any storage that fsspec knows (file, s3, gs, ...), read at a start and written by whoever compiled
+    first; entries are signed with the key in the environment variable PT2_CACHE_KEY. Default none."""
     max_gb: float = 10.0
     """What it may hold, 10^9 bytes; the entries not used for longest are removed. Default 10."""
 

@@ -1,0 +1,155 @@
+"""What machines give each other of their compile caches: one entry as bytes, and where such bytes are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import io
+import logging
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from optim.cache import FORMAT, Cache
+from optim.errors import describe
+from optim.report import CompileReport
+
+logger = logging.getLogger(__name__)
+
+#: The environment variable with the key that signs what goes to `pt2.cache.uri`.
+KEY_VARIABLE = "PT2_CACHE_KEY"
+_SHORTEST_KEY = 16
+
+
+class Share(Protocol):
+    """Where entries of other machines are found; both methods may raise anything, and a cold start follows."""
+
+    name: str
+    """What it is called in reports."""
+
+    def get(self, entry: str) -> bytes | None:
+        """Return a packed entry, or None where nobody has left it."""
+
+    def offer(self, entry: str, folder: Path) -> None:
+        """Leave an entry, whose folder is given, for others; nothing happens where it is there."""
+
+
+class ShareUnusable(Exception):
+    """Nothing can be shared so; the message is the reason."""
+
+
+class Exchange:
+    """One entry of the cache, taken from the shares and given to them; what goes wrong is a note in the report."""
+
+    def __init__(self, cache: Cache, entry: str, shares: Sequence[Share], report: CompileReport) -> None:
+        self._cache, self._entry, self._shares, self._report = cache, entry, shares, report
+
+    def adopt(self) -> Path | None:
+        """Return the entry of the first share that has it, now in the cache too; call while it is held."""
+        for share in self._shares:
+            try:
+                packed = share.get(self._entry)
+                if packed is not None:
+                    path = self._cache.adopt(self._entry, lambda folder, found=packed: unpack(found, folder))  # type: ignore[misc]
+                    self._report.notes.append(f"the plan came from {share.name}")
+                    return path
+            except Exception as error:  # storages and networks of all kinds; a cold start is always there
+                self._tell(share, "nothing is taken from", error)
+        return None
+
+    def offer(self, path: Path | None) -> None:
+        """Offer the entry to all shares, if there is one."""
+        for share in self._shares if path is not None else ():
+            assert path is not None
+            try:
+                share.offer(self._entry, path)
+            except Exception as error:
+                self._tell(share, "nothing is left in", error)
+
+    def _tell(self, share: Share, what: str, error: Exception) -> None:
+        self._report.notes.append("{} {}: {}: {}".format(what, share.name, *describe(error, 300)))
+        logger.warning(self._report.notes[-1])
+
+
+def pack(folder: Path) -> bytes:
+    """Return the files of a folder as a tar archive."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                archive.add(path, str(path.relative_to(folder)))
+    return packed.getvalue()
+
+
+def unpack(packed: bytes, folder: Path) -> None:
+    """Put what `pack` returned into a folder; tarfile.TarError or OSError where it is something else.
+
+    Links, devices and paths out of the folder are refused (tarfile's filter "data").
+    """
+    with tarfile.open(fileobj=io.BytesIO(packed), mode="r:") as archive:
+        archive.extractall(folder, filter="data")
+
+
+class UriShare:
+    """Files under a URI (file, s3, gs, ... through fsspec), each signed with a key that the operator gives.
+
+    Entries are code: whoever can write there could run theirs here, if not for the signature (HMAC-SHA-256 over the
+    entry's name and bytes). ShareUnusable without a key, or where fsspec does not know the URI.
+    """
+
+    def __init__(self, uri: str, key: str | None) -> None:
+        if not key or len(key) < _SHORTEST_KEY:
+            raise ShareUnusable(
+                f"{KEY_VARIABLE} is {'not set' if not key else 'too short'}; what is read from there is code, so it "
+                f"must be signed with a key of {_SHORTEST_KEY} characters or more"
+            )
+        try:
+            import fsspec  # type: ignore[import-untyped]
+
+            self._files, root = fsspec.core.url_to_fs(uri)
+        except (ImportError, ValueError) as error:  # no fsspec; no such protocol, or its package is missing
+            raise ShareUnusable(str(error)) from error
+        self.name = uri
+        self._folder = f"{str(root).rstrip('/')}/v{FORMAT}"
+        self._key = key.encode()
+        self._not_ours: set[str] = set()
+
+    def get(self, entry: str) -> bytes | None:
+        """Return an entry; ShareUnusable where its signature is not ours."""
+        try:
+            signed: bytes = self._files.cat_file(self._path(entry))
+        except FileNotFoundError:
+            return None
+        signature, packed = signed[:32], signed[32:]
+        if not hmac.compare_digest(signature, self._sign(entry, packed)):
+            self._not_ours.add(entry)
+            raise ShareUnusable(f"{self._path(entry)} is not signed with the key in {KEY_VARIABLE}, or was changed")
+        return packed
+
+    def offer(self, entry: str, folder: Path) -> None:
+        """Write an entry, at once where the storage can rename, unless a good one is there."""
+        path = self._path(entry)
+        if entry not in self._not_ours and self._files.exists(path):
+            return
+        packed = pack(folder)
+        self._files.makedirs(self._folder, exist_ok=True)
+        content = self._sign(entry, packed) + packed
+        if _is_local(self._files):  # object stores show a file only when it is whole
+            made = f"{path}.{hashlib.sha256(content).hexdigest()[:16]}"
+            self._files.pipe_file(made, content)
+            os.replace(made, path)
+        else:
+            self._files.pipe_file(path, content)
+
+    def _path(self, entry: str) -> str:
+        return f"{self._folder}/{entry}.tar.signed"
+
+    def _sign(self, entry: str, packed: bytes) -> bytes:
+        return hmac.digest(self._key, entry.encode() + b"\0" + packed, "sha256")
+
+
+def _is_local(files: Any) -> bool:
+    protocol = files.protocol
+    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)

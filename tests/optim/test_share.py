@@ -1,0 +1,173 @@
+"""Plans from other machines: taken when whole and signed, never trusted otherwise, and never needed."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from optim import CompiledModel, compile_model
+from optim.share import KEY_VARIABLE, Share, ShareUnusable, UriShare, pack, unpack
+from optim.verify import compare
+from tests.support import backends, models
+
+assert backends.BACKENDS
+KEY = "a key of the operator's"
+
+
+def build(cache: Path, uri: str | None = None, shares: tuple[Share, ...] = ()) -> CompiledModel:
+    section = {
+        "compile": {"backend": "pt2test_faithful", "only_if_faster": False},
+        "cache": {"folder": str(cache), **({"uri": uri} if uri else {})},
+    }
+    model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 4), device="cpu", shares=shares)
+    inputs = models.features(3)
+    with torch.no_grad():
+        assert compare(model(*inputs), models.Mlp().eval()(*inputs)).max_abs < 1e-4
+    return model
+
+
+class Memory:
+    """A share in memory."""
+
+    name = "a test"
+
+    def __init__(self) -> None:
+        self.entries: dict[str, bytes] = {}
+
+    def get(self, entry: str) -> bytes | None:
+        return self.entries.get(entry)
+
+    def offer(self, entry: str, folder: Path) -> None:
+        self.entries.setdefault(entry, pack(folder))
+
+
+def only_file(folder: Path) -> Path:
+    (found,) = (path for path in folder.rglob("*") if path.is_file())
+    return found
+
+
+def test_another_machine_starts_warm(tmp_path: Path) -> None:
+    share = Memory()
+    cold = build(tmp_path / "one", shares=(share,))
+    warm = build(tmp_path / "two", shares=(share,))
+    again = build(tmp_path / "two", shares=(share,))
+    assert [model.report.start for model in (cold, warm, again)] == ["cold", "warm", "warm"]
+    assert "the plan came from a test" in warm.report.notes
+    assert "the plan came from a test" not in again.report.notes, "it is in its own cache now"
+
+
+def test_a_cache_filled_before_is_offered_too(tmp_path: Path) -> None:
+    share = Memory()
+    build(tmp_path / "one")
+    build(tmp_path / "one", shares=(share,))
+    assert build(tmp_path / "two", shares=(share,)).report.start == "warm"
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "empty"])
+def test_what_arrives_damaged_is_not_used(tmp_path: Path, how: str) -> None:
+    share = Memory()
+    build(tmp_path / "one", shares=(share,))
+    ((entry, packed),) = share.entries.items()
+    place = packed.index(b'"engine"')
+    flipped = packed[:place] + b"X" + packed[place + 1 :]
+    share.entries[entry] = {"flip": flipped, "cut": packed[: len(packed) // 2], "empty": b""}[how]
+    model = build(tmp_path / "two", shares=(share,))
+    assert model.report.start == "cold"
+    assert any(note.startswith("nothing is taken from a test: ") for note in model.report.notes)
+    assert not list((tmp_path / "two" / "v1").glob("making-*"))
+
+
+def test_a_share_that_fails_costs_nothing_but_a_note(tmp_path: Path) -> None:
+    class Broken:
+        name = "a broken network"
+
+        def get(self, entry: str) -> bytes | None:
+            raise ConnectionError("no route")
+
+        def offer(self, entry: str, folder: Path) -> None:
+            raise ConnectionError("no route")
+
+    model = build(tmp_path / "one", shares=(Broken(),))
+    assert model.report.start == "cold"
+    assert "nothing is taken from a broken network: ConnectionError: no route" in model.report.notes
+    assert "nothing is left in a broken network: ConnectionError: no route" in model.report.notes
+
+
+@pytest.mark.parametrize("protocol", ["file", "memory"])
+def test_plans_go_over_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    uri = f"{protocol}://{tmp_path}/shared"
+    cold, warm = build(tmp_path / "one", uri), build(tmp_path / "two", uri)
+    assert (cold.report.start, warm.report.start) == ("cold", "warm")
+    assert f"the plan came from {uri}" in warm.report.notes
+
+
+def test_what_is_signed_with_another_key_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"file://{tmp_path}/shared"
+    monkeypatch.setenv(KEY_VARIABLE, "somebody else's key")
+    build(tmp_path / "one", uri)
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    model = build(tmp_path / "two", uri)
+    assert model.report.start == "cold"
+    assert any("is not signed with the key in PT2_CACHE_KEY, or was changed" in note for note in model.report.notes)
+    assert build(tmp_path / "three", uri).report.start == "warm"
+
+
+@pytest.mark.parametrize("where", [0, 40, -1])
+def test_a_changed_byte_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: int) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    uri = f"file://{tmp_path}/shared"
+    build(tmp_path / "one", uri)
+    file = only_file(tmp_path / "shared")
+    content = bytearray(file.read_bytes())
+    content[where] ^= 1
+    file.write_bytes(bytes(content))
+    assert build(tmp_path / "two", uri).report.start == "cold"
+
+
+def test_an_entry_under_another_name_is_not_believed(tmp_path: Path) -> None:
+    folder = tmp_path / "entry"
+    folder.mkdir()
+    (folder / "plan.json").write_text("{}")
+    share = UriShare(f"file://{tmp_path}/shared", KEY)
+    share.offer("a", folder)
+    file = only_file(tmp_path / "shared")
+    file.rename(file.with_name(file.name.replace("a.", "b.", 1)))
+    with pytest.raises(ShareUnusable, match="is not signed"):
+        share.get("b")
+
+
+@pytest.mark.parametrize(("key", "reason"), [(None, "is not set"), ("short", "is too short")])
+def test_a_uri_without_a_key_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, reason: str
+) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    if key:
+        monkeypatch.setenv(KEY_VARIABLE, key)
+    uri = f"file://{tmp_path}/shared"
+    (note,) = (note for note in build(tmp_path / "one", uri).report.notes if "pt2.cache.uri" in note)
+    assert note.startswith(f"pt2.cache.uri: {uri} is not used: PT2_CACHE_KEY {reason}")
+    assert not (tmp_path / "shared").exists()
+
+
+def test_a_protocol_that_is_not_known_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    notes = build(tmp_path / "one", "nonsense://somewhere").report.notes
+    assert any(note.startswith("pt2.cache.uri: nonsense://somewhere is not used: ") for note in notes)
+
+
+def test_an_archive_cannot_write_elsewhere(tmp_path: Path) -> None:
+    for name, link in (("../outside", None), ("link", "/etc/passwd")):
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w") as archive:
+            member = tarfile.TarInfo(name)
+            if link:
+                member.type, member.linkname = tarfile.SYMTYPE, link
+            archive.addfile(member, io.BytesIO())
+        with pytest.raises(tarfile.TarError):
+            unpack(made.getvalue(), tmp_path / "in")
+    assert not (tmp_path / "outside").exists()
