@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,14 @@ import yaml
 ROOT = Path(__file__).parents[2]
 
 
-def make_application(name: str, args: dict[str, Any]) -> dict[str, Any]:
+def make_application(name: str, args: dict[str, Any], **deployment: Any) -> dict[str, Any]:
     """Return one application of a configuration file, at /{name}."""
     return {
         "name": name,
         "route_prefix": f"/{name}",
         "import_path": "deployments.app:build",
         "args": {"name": name, **args},
-        "deployments": [{"name": name, "ray_actor_options": {"num_cpus": 0.1}}],
+        "deployments": [{"name": name, "ray_actor_options": {"num_cpus": 0.05}, **deployment}],
     }
 
 
@@ -50,6 +52,18 @@ SMALL_MODELS = [
         },
     ),
     make_application("broken", {"model": "tests.support.servables:Tiny", "pt2": "pt2test_raises_at_call"}),
+    make_application("rolling", {"model": "tests.support.servables:Rolling", "pt2": EAGER}, max_surge_percent=100),
+    make_application(
+        "scaling",
+        {"model": "tests.support.servables:Rolling", "model_args": {"delay_s": 0.05}, "pt2": EAGER},
+        autoscaling_config={
+            "min_replicas": 1,
+            "max_replicas": 2,
+            "target_ongoing_requests": 1,
+            "upscale_delay_s": 1,
+            "downscale_delay_s": 5,
+        },
+    ),
     make_application("picky", {"model": "tests.support.servables:PickyServable", "pt2": EAGER}),
     make_application("fragile", {"model": "tests.support.servables:FragileServable", "pt2": EAGER}),
     make_application(
@@ -70,6 +84,22 @@ SMALL_MODELS = [
         },
     ),
 ]
+
+
+#: Deploys a configuration file with one application changed; a process of its own, since it joins the server's Ray.
+CHANGE = """
+import json, sys, yaml, ray
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+ray.init(address="auto", namespace="serve", log_to_driver=False)
+config = yaml.safe_load(open(sys.argv[1]))
+for application in config["applications"]:
+    if application["name"] == sys.argv[2]:
+        args, deployment = json.loads(sys.argv[3])
+        application["args"].update(args)
+        application["deployments"][0].update(deployment)
+_get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+"""
 
 
 @dataclass
@@ -96,6 +126,14 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+    def change(
+        self, name: str, *, args: dict[str, Any] | None = None, deployment: dict[str, Any] | None = None
+    ) -> None:
+        """Deploy the configuration file with an application's args, or its deployment's options, changed."""
+        changes = json.dumps([args or {}, deployment or {}])
+        command = [sys.executable, "-W", "ignore", "-c", CHANGE, str(self.config), name, changes]
+        subprocess.run(command, cwd=ROOT, env=self.env, check=True)
 
     def wait_until_ready(self, prefix: str, deadline_s: float = 1200) -> None:
         """Wait for an application; fail with the log where the process ends or the deadline passes."""
@@ -139,6 +177,39 @@ def pid_of(server: Server, name: str) -> int | None:
     except OSError:
         return None
     return int(json.loads(body)["pid"]) if status == 200 else None
+
+
+@dataclass
+class Answer:
+    """What a request got, and from which replica."""
+
+    status: int
+    pid: int | None
+
+
+@contextmanager
+def steady_requests(server: Server, name: str, clients: int = 4, pause_s: float = 0.0) -> Iterator[list[Answer]]:
+    """Let clients ask a small model one request after the other for as long as the block takes; yield the answers."""
+    stop, answers = threading.Event(), []
+
+    def ask() -> None:
+        while not stop.wait(pause_s):
+            try:
+                status, _, body = server.request(f"/{name}/predictions/{name}", ROW, JSON)
+            except OSError:
+                answers.append(Answer(0, None))
+                continue
+            answers.append(Answer(status, json.loads(body)["pid"] if status == 200 else None))
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.e2e.conftest import JSON, ROOT, ROW, Server, describe, pid_of
+from tests.e2e.conftest import JSON, ROW, Server, describe, pid_of, steady_requests
 
 pytestmark = [
     pytest.mark.e2e,
@@ -52,25 +48,7 @@ def test_callers_that_go_away_cost_the_others_nothing(server: Server) -> None:
     assert slow_runs(server) - before == 2
 
 
-CHANGE = """
-import sys, yaml, ray
-from ray import serve
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
-ray.init(address="auto", namespace="serve", log_to_driver=False)
-config = yaml.safe_load(open(sys.argv[1]))
-for application in config["applications"]:
-    if application["name"] == sys.argv[2]:
-        application["deployments"][0]["user_config"] = yaml.safe_load(sys.argv[3])
-_get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
-"""
-
-
 def test_a_hot_change_restarts_nothing_and_fails_no_request(server: Server) -> None:
-    def change(user_config: str) -> None:
-        command = [sys.executable, "-W", "ignore", "-c", CHANGE, str(server.config), "tiny", user_config]
-        subprocess.run(command, cwd=ROOT, env=server.env, check=True)
-
     def settings() -> tuple[float, int]:
         (found,) = json.loads(server.request("/tiny/models/tiny")[2])
         return found["maxBatchDelay"], found["jobQueueSize"]
@@ -82,26 +60,13 @@ def test_a_hot_change_restarts_nothing_and_fails_no_request(server: Server) -> N
             time.sleep(0.2)
 
     first = pid_of(server, "tiny")
-    stop = threading.Event()
-
-    def ask() -> Counter[int]:
-        found: Counter[int] = Counter()
-        while not stop.is_set():
-            found[server.request("/tiny/predictions/tiny", ROW, JSON)[0]] += 1
-        return found
-
-    with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask) for _ in range(4)]
-        try:
-            assert settings() == (0.0, 64)
-            change("{wait_ms: 3, max_queue: 32}")
-            wait_for(lambda: settings() == (3.0, 32))
-            change("{wait_ms: 5, batch_sizes: [1]}")
-            wait_for(lambda: "the change of user_config is refused" in server.log.read_text())
-            assert settings() == (3.0, 32)
-            assert "user_config.batch_sizes: [1] is not allowed" in server.log.read_text()
-        finally:
-            stop.set()
-        answers = sum((found.result() for found in asking), Counter())
-    assert set(answers) == {200}
+    with steady_requests(server, "tiny") as answers:
+        assert settings() == (0.0, 64)
+        server.change("tiny", deployment={"user_config": {"wait_ms": 3, "max_queue": 32}})
+        wait_for(lambda: settings() == (3.0, 32))
+        server.change("tiny", deployment={"user_config": {"wait_ms": 5, "batch_sizes": [1]}})
+        wait_for(lambda: "the change of user_config is refused" in server.log.read_text())
+        assert settings() == (3.0, 32)
+        assert "user_config.batch_sizes: [1] is not allowed" in server.log.read_text()
+    assert {answer.status for answer in answers} == {200}
     assert pid_of(server, "tiny") == first

@@ -97,3 +97,26 @@ def test_streams_that_do_not_pay_are_given_up(backend: str, monkeypatch: pytest.
     assert model.streams is None
     assert model.report.streams == 1
     assert "one run at a time: 2 runs at a time do no more than 0.80 times" in " ".join(model.report.notes)
+
+
+@pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
+def test_buckets_of_several_lengths_share_weights_on_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    compiled: list[int] = []
+    compile_one = openvino.Core.compile_model
+
+    def count(core: Any, model: Any, device: str, properties: dict[str, Any]) -> Any:
+        compiled.append(properties["NUM_STREAMS"])
+        return compile_one(core, model, device, properties)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", count)
+    module = models.MaskedMean().eval()
+    model = build(module, models.tokens, "openvino", lengths=(8, 16))
+    assert model.streams is not None, model.report.notes
+    assert compiled.count(1) == 4, "one for each bucket"
+    assert compiled.count(2) == 1, "one for all of them"
+    with torch.no_grad():
+        for rows, length in ((1, 8), (3, 11), (4, 16)):
+            inputs = models.tokens(rows, length)
+            assert compare(model.streams.model(*inputs), module(*inputs)).max_abs < 1e-4

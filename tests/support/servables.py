@@ -73,6 +73,18 @@ class FragileServable(Servable):
         return {"values": output.tolist(), "pid": os.getpid()}
 
 
+class Rolling(FragileServable):
+    """Takes its time for each run; fails to load where it is told to."""
+
+    def __init__(self, delay_s: float = 0.0, fails: bool = False) -> None:
+        self._delay_s, self._fails = delay_s, fails
+
+    def load(self) -> nn.Module:
+        if self._fails:
+            raise RuntimeError("these weights are broken")
+        return Picky(self._delay_s).eval()
+
+
 class PickyServable(Servable):
     """Serves Picky eager."""
 

@@ -1,0 +1,59 @@
+"""New versions and numbers of replicas, under load: no request fails."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.e2e.conftest import Answer, Server, pid_of, steady_requests
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+def wait_for(what: Callable[[], bool], server: Server) -> None:
+    deadline = time.monotonic() + 180
+    while not what():
+        assert time.monotonic() < deadline, server.log.read_text()[-5000:]
+        time.sleep(0.5)
+
+
+def version_of(server: Server, name: str) -> str:
+    (found,) = json.loads(server.request(f"/{name}/models/{name}")[2])
+    return str(found["modelVersion"])
+
+
+def replicas_of(answers: list[Answer], last: int) -> set[int | None]:
+    """Return the processes that the last answers are from."""
+    return {answer.pid for answer in answers[-last:]}
+
+
+def test_a_new_version_takes_over_and_a_broken_one_does_not(server: Server) -> None:
+    old = pid_of(server, "rolling")
+    with steady_requests(server, "rolling") as answers:
+        server.change("rolling", args={"version": "2"})
+        wait_for(lambda: replicas_of(answers, 200).isdisjoint({old}), server)
+        assert version_of(server, "rolling") == "2"
+        (new,) = replicas_of(answers, 200)
+
+        server.change("rolling", args={"version": "3", "model_args": {"fails": True}})
+        wait_for(lambda: "these weights are broken" in server.log.read_text(), server)
+        # Ray gives up after three tries, each with its traceback.
+        wait_for(lambda: server.log.read_text().count("these weights are broken") >= 3, server)
+        count = len(answers)
+        wait_for(lambda: len(answers) > count + 200, server)
+        assert replicas_of(answers, 200) == {new}
+        assert version_of(server, "rolling") == "2"
+    assert {answer.status for answer in answers} == {200}
+
+
+def test_replicas_come_and_go_with_the_load(server: Server) -> None:
+    first = pid_of(server, "scaling")
+    with steady_requests(server, "scaling", clients=8) as busy:
+        wait_for(lambda: len(replicas_of(busy, 50)) == 2, server)
+    assert first in replicas_of(busy, len(busy))
+    with steady_requests(server, "scaling", clients=1, pause_s=0.3) as quiet:
+        wait_for(lambda: len(quiet) > 100 and len(replicas_of(quiet, 50)) == 1, server)
+    assert {answer.status for answer in [*busy, *quiet]} == {200}
