@@ -46,6 +46,7 @@ class ModelReplica:
         self._servable = args.make_servable()
         self._host_pool = make_host_pool(max(2, _own_resources(args)[1]))
         self._share = ClusterShare()
+        self._publishing: asyncio.Task[None] | None = None
         self._thread = ModelThread(args.name or "", self._metrics.record_batch)
         with last_in_line() as waits:
             logger.info("the start %s other processes", "gives way to" if waits else "does not give way to")
@@ -143,7 +144,9 @@ class ModelReplica:
         self._metrics.record_after_ready(self._model.report.after_ready)
         if self._thread.failure is not None:
             raise RuntimeError(self._thread.failure)
-        await asyncio.to_thread(self._share.publish)
+        # Not waited for: a keeper that does not answer must not make this replica look ill.
+        if self._publishing is None or self._publishing.done():
+            self._publishing = asyncio.create_task(asyncio.to_thread(self._share.publish))
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP application; Ray Serve calls it when the replica is ready."""
