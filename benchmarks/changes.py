@@ -110,11 +110,11 @@ def under_load(workload: Workload, rate: float) -> Iterator[list[Load]]:
         thread.join()
 
 
-def describe() -> tuple[str, str, list[str]]:
-    """Return the version of the replica that answers, how it started, and what it has to say of that."""
+def describe() -> tuple[str, dict[str, Any]]:
+    """Return the version of the replica that answers, and its report."""
     with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/models/{NAME}", timeout=30) as reply:
         found = json.loads(reply.read())[0]
-    return found["modelVersion"], found["compileReport"]["start"], found["compileReport"]["notes"]
+    return found["modelVersion"], found["compileReport"]
 
 
 def roll_out(operator: Operator, version: str, pt2: dict[str, Any]) -> None:
@@ -193,7 +193,9 @@ def main() -> None:
             with under_load(workload, rate) as found:
                 change(operator)
             rows.append((what, time.monotonic() - begin, found[0]))
-            print(f"{what}: {describe()}", file=sys.stderr, flush=True)
+            _, report = describe()
+            said = [report[name] for name in ("start", "background", "seconds", "notes", "refusals")]
+            print(f"{what}: {said}", file=sys.stderr, flush=True)
         operator.close()
     usual = rows[0][2].ms(99)
     print(f"{options.workload}, {rate:.0f} requests/s, {options.threads} threads. {describe_machine()}\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,7 +19,7 @@ from deployments.host_pool import make_host_pool
 from deployments.http import make_app
 from deployments.metrics import ModelMetrics
 from deployments.model_thread import ModelThread, fail
-from deployments.priority import last_in_line
+from deployments.priority import last_in_line, thread_last_in_line
 from deployments.queue import Work
 from deployments.service import ModelService
 from deployments.sharing import ClusterShare
@@ -75,6 +77,31 @@ class ModelReplica:
             # A batch holds its permit only until it is handed to the model thread, where those that wait merge.
             max_concurrent_batches=2,
         )(self._run_batch)
+        if self._model.background is not None:
+            loop = asyncio.get_running_loop()
+            threading.Thread(target=self._compile_later, args=[loop], name="background", daemon=True).start()
+
+    def _compile_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Do what a start that answers eager has left; runs on a thread of its own."""
+        background = self._model.background
+        assert background is not None
+
+        def between_runs(change: Callable[[], None]) -> None:
+            def job() -> None:
+                change()
+                self._thread.look_again()
+
+            self._thread.call(job).result()
+            tell()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(self._metrics.record_report, self._model.report)
+
+        try:
+            background.run(between_runs, thread_last_in_line)
+            tell()
+        except Exception:  # the replica is stopping, or its device broke: the model thread says so itself
+            logger.exception("compiling in the background has ended")
 
     def _load(self) -> CompiledModel:
         """Load and compile; runs on the model thread."""
@@ -142,6 +169,8 @@ class ModelReplica:
     async def check_health(self) -> None:
         """Fail where the model thread is dead or its device broken: Ray then replaces the replica."""
         self._metrics.record_after_ready(self._model.report.after_ready)
+        if self._model.background is not None:
+            self._metrics.record_report(self._model.report)
         if self._thread.failure is not None:
             raise RuntimeError(self._thread.failure)
         # Not waited for: a keeper that does not answer must not make this replica look ill.
@@ -154,6 +183,9 @@ class ModelReplica:
 
     async def __del__(self) -> None:
         """Answer what was accepted, then end the threads; Ray Serve calls it once requests have drained."""
+        model = getattr(self, "_model", None)
+        if model is not None and model.background is not None:
+            model.background.stop()
         thread = getattr(self, "_thread", None)
         if thread is not None:
             await asyncio.to_thread(thread.close)

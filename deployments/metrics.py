@@ -45,9 +45,14 @@ class ModelMetrics:
             "Calls since ready that ran eager instead, by reason.",
             tag_keys=("model", "reason"),  # type: ignore[arg-type]
         )
+        self._background = Gauge(
+            "pt2_background",
+            "1 for how far compiling in the background is: compiling, moving, done or failed.",
+            tag_keys=("model", "state"),  # type: ignore[arg-type]
+        )
         self._bucket_ms = Gauge(
             "pt2_bucket_ms",
-            "Measured ms of each bucket's engine.",
+            "Measured ms of each bucket's engine; 0 for one that serves it no more.",
             tag_keys=("model", "bucket", "engine"),  # type: ignore[arg-type]
         )
         metrics = (
@@ -63,8 +68,10 @@ class ModelMetrics:
             self._eager_buckets,
             self._compilations,
             self._fallbacks,
+            self._background,
             self._bucket_ms,
         )
+        self._served: dict[str, str] = {}
         for metric in metrics:
             metric.set_default_tags({"model": model})
 
@@ -86,12 +93,18 @@ class ModelMetrics:
             {"rejected": self._rejected, "failed": self._failed, "refused": self._refused_changes}[what].inc()
 
     def record_report(self, report: CompileReport) -> None:
-        """Publish what was chosen."""
+        """Publish what serves each bucket now."""
         for bucket in report.buckets:
             name = f"{bucket.batch_size}x{bucket.length}" if bucket.length else str(bucket.batch_size)
+            before = self._served.get(name, bucket.engine)
+            if before != bucket.engine:
+                self._bucket_ms.set(0.0, tags={"bucket": name, "engine": before})
+            self._served[name] = bucket.engine
             self._bucket_ms.set(bucket.ms or 0.0, tags={"bucket": name, "engine": bucket.engine})
         wanted = bool(report.candidates)
         self._eager_buckets.set(sum(b.engine == "eager" for b in report.buckets) if wanted else 0)
+        for state in ("compiling", "moving", "done", "failed") if report.background else ():
+            self._background.set(float(state == report.background), tags={"state": state})
 
     def record_after_ready(self, after: AfterReady) -> None:
         """Publish what should stay 0."""

@@ -90,8 +90,19 @@ class ModelThread:
         """
         self._model = model
         self._queue = RequestQueue(model, planner, stream_planner)
+        self._start_streams(model)
+
+    def look_again(self) -> None:
+        """Go by what the model costs now, and use its streams if they are new; call as `serve`."""
+        model, queue = self._model, self._queue
+        assert model is not None and queue is not None, "serve() comes first"
+        with self._lock:
+            queue.plan_anew()
+        self._start_streams(model)
+
+    def _start_streams(self, model: CompiledModel) -> None:
         streams = model.streams
-        if streams is None:
+        if streams is None or len(self._threads) > 1:
             return
         threads = torch.get_num_threads()
         started = threading.Barrier(streams.count + 1)
@@ -135,8 +146,8 @@ class ModelThread:
                 logger.exception("the model thread died")
 
         thread = threading.Thread(target=loop, name=name, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)  # not before: it would be taken for dead
 
     def _step(self) -> bool:
         """Do one job or one run on all threads; return False when closed and nothing is left."""

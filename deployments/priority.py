@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,25 @@ def last_in_line() -> Iterator[bool]:
         _set_all(usual)
 
 
+@contextmanager
+def thread_last_in_line() -> Iterator[bool]:
+    """Let other threads go first for the length of a block, also those of this process; yield whether that is so.
+
+    What this thread starts meanwhile inherits that, and is brought back to the process's priority at the end.
+    """
+    usual, own = os.getpriority(os.PRIO_PROCESS, os.getpid()), threading.get_native_id()
+    if not _may_come_back(usual):
+        yield False
+        return
+    before = _threads()
+    os.setpriority(os.PRIO_PROCESS, own, usual + _NICER)
+    try:
+        yield True
+    finally:
+        os.setpriority(os.PRIO_PROCESS, own, usual)
+        _set_all(usual, but=before)
+
+
 def _may_come_back(usual: int) -> bool:
     """Try it with a thread that does nothing else."""
     if sys.platform != "linux":
@@ -55,10 +74,14 @@ def _may_come_back(usual: int) -> bool:
     return bool(found)
 
 
-def _set_all(nice: int) -> None:
-    """Set the priority of every thread of this process, also of those that start while it is done."""
-    done: set[int] = set()
-    while new := {int(task.name) for task in Path("/proc/self/task").iterdir()} - done:
+def _threads() -> set[int]:
+    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+
+
+def _set_all(nice: int, but: Set[int] = frozenset()) -> None:
+    """Set the priority of every other thread of this process, also of those that start while it is done."""
+    done = set(but)
+    while new := _threads() - done:
         for thread in new:
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.setpriority(os.PRIO_PROCESS, thread, nice)

@@ -60,11 +60,15 @@ class RequestQueue:
         self, model: CompiledModel, planner: Planner | None = None, stream_planner: Planner | None = None
     ) -> None:
         self._model = model
-        streams = model.streams
+        self._waiting: deque[Queued] = deque()
+        self.plan_anew(planner, stream_planner)
+
+    def plan_anew(self, planner: Planner | None = None, stream_planner: Planner | None = None) -> None:
+        """Plan by what the model's buckets cost now, on the streams that it has now, or by the planners given."""
+        model, streams = self._model, self._model.streams
         self._streams = streams.count if streams else 1
         self._planner = planner or Planner(model.costs)
         self._stream_planner = stream_planner or Planner(streams.model.costs if streams else model.costs)
-        self._waiting: deque[Queued] = deque()
 
     def __len__(self) -> int:
         return len(self._waiting)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from optim.buckets import Bucket
 from optim.engines import EagerEngine, EngineJob, make_engine
@@ -23,8 +23,8 @@ class Builder:
     """Builds engines in this process, writing figures and reasons into the report.
 
     `trials` are engines already built here, by a race in this process. What ends up serving nothing is closed. With a
-    `plan` only the smallest and the largest bucket are timed, to see whether it holds. What the engines that serve
-    leave for the next build is saved to the job's `kept` folder.
+    `plan` only the smallest and the largest bucket are timed, to see whether it holds, and none without `timed`. What
+    the engines that serve leave for the next build is saved to the job's `kept` folder.
     """
 
     def __init__(
@@ -35,15 +35,22 @@ class Builder:
         limit_s: float,
         trials: dict[str, Trial],
         plan: Plan | None = None,
+        *,
+        timed: bool = True,
     ) -> None:
         self._job, self._reference, self._report = job, reference, report
         self._limit_s = limit_s
-        self._plan = plan
+        self._plan, self._timed = plan, timed
         self._trials: dict[str, Trial | None] = {**trials}
         self._rows = {row.bucket: row for row in report.buckets}
 
-    def build(self, ranking: Mapping[Bucket, Sequence[str]]) -> dict[Bucket, Lane]:
-        """Return what serves each bucket: the first of its ranking that holds, else eager."""
+    def build(
+        self, ranking: Mapping[Bucket, Sequence[str]], on_lane: Callable[[Bucket, Lane], None] | None = None
+    ) -> dict[Bucket, Lane]:
+        """Return what serves each bucket: the first of its ranking that holds, else eager.
+
+        `on_lane` is told of each that does not stay eager, as soon as it is proven.
+        """
         eager = EagerEngine(self._job)
         lanes = {bucket: Lane(eager, self._job.module) for bucket in self._job.samples}
         waiting = {bucket: list(ranking.get(bucket, ())) for bucket in self._job.samples}
@@ -51,7 +58,7 @@ class Builder:
             # The engine that most buckets want next.
             name = Counter(names[0] for names in waiting.values() if names).most_common(1)[0][0]
             buckets = [bucket for bucket, names in waiting.items() if names and names[0] == name]
-            built = self._build_engine(name, buckets)
+            built = self._build_engine(name, buckets, on_lane or (lambda bucket, lane: None))
             lanes.update(built)
             for bucket in buckets:
                 waiting[bucket] = [] if bucket in built else waiting[bucket][1:]
@@ -60,22 +67,33 @@ class Builder:
         self._finish({lane.engine for lane in lanes.values()})
         return lanes
 
-    def _build_engine(self, name: str, buckets: Sequence[Bucket]) -> dict[Bucket, Lane]:
+    def _build_engine(
+        self, name: str, buckets: Sequence[Bucket], on_lane: Callable[[Bucket, Lane], None]
+    ) -> dict[Bucket, Lane]:
         trial = self._prepare(name)
         if trial is None:
             return {}
+        # With CUDA graphs, a bucket too large for the memory takes those with it that were captured before.
+        whole = trial.engine.reuses_outputs
+        found: dict[Bucket, Lane] = {}
+
+        def settle(bucket: Bucket) -> None:
+            if bucket in trial.proven and self._is_fast_enough(trial, bucket):
+                found[bucket] = Lane(trial.engine, trial.proven[bucket].run)
+                on_lane(bucket, found[bucket])
+
         # The largest first: with CUDA graphs, the smaller ones then share its memory.
         for done, bucket in enumerate(sorted(buckets, reverse=True), 1):
             logger.info("%s: bucket %s (%d of %d)", name, bucket, done, len(buckets))
             if bucket not in trial.proven:
                 for fallen, refusal in trial.prove(bucket).items():
                     self._rows[fallen].refusals.append(refusal)
+            if not whole:
+                settle(bucket)
         self._report.notes += [note for note in trial.engine.notes() if note not in self._report.notes]
-        return {
-            bucket: Lane(trial.engine, trial.proven[bucket].run)
-            for bucket in buckets
-            if bucket in trial.proven and self._is_fast_enough(trial, bucket)
-        }
+        for bucket in buckets if whole else ():
+            settle(bucket)
+        return found
 
     def _prepare(self, name: str) -> Trial | None:
         """Return the engine built, or None where it cannot be; the reason is reported once."""
@@ -108,7 +126,7 @@ class Builder:
         runs: list[Runner] = [run, self._job.module]
         if self._plan is None:
             ms, eager_ms = time_in_turn(runs, inputs, device)
-        elif bucket in (min(self._rows), max(self._rows)):
+        elif self._timed and bucket in (min(self._rows), max(self._rows)):
             ms, eager_ms = time_in_turn(runs, inputs, device, min_rounds=1, budget_s=0.1)
         else:
             known = self._plan.rows[bucket]

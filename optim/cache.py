@@ -36,6 +36,10 @@ class CacheUnusable(Exception):
     """The cache's folder cannot be used; the message is the reason."""
 
 
+class Busy(Exception):
+    """Another process makes the entry, and waiting was not wanted."""
+
+
 class Damaged(Exception):
     """An entry is not what was stored; the message is the reason."""
 
@@ -67,13 +71,14 @@ class Cache:
             raise CacheUnusable(f"{error.filename}: {error.strerror}") from error
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[Path | None]:
+    def hold(self, name: str, *, wait: bool = True) -> Iterator[Path | None]:
         """Find an entry's folder, waiting for whoever makes it; with None the caller makes it, and others wait.
 
-        An entry found is locked against eviction only, so that several may read it.
+        An entry found is locked against eviction only, so that several may read it. Without `wait`, Busy is raised
+        where somebody makes it.
         """
         with self._lock_file(name) as lock:
-            others = "another process that compiles the same"
+            others = "another process that compiles the same" if wait else None
             self._lock(lock, fcntl.LOCK_SH, others)
             path = self._find(name)
             if path is None:
@@ -187,7 +192,7 @@ class Cache:
         finally:
             os.close(lock)
 
-    def _lock(self, lock: int, how: int, what_for: str) -> None:
+    def _lock(self, lock: int, how: int, what_for: str | None) -> None:
         started = time.monotonic()
         said = started
         while True:
@@ -195,6 +200,8 @@ class Cache:
                 fcntl.flock(lock, how | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
+                if what_for is None:
+                    raise Busy from None
                 now = time.monotonic()
                 if now - said > _SAY_AFTER_S:
                     logger.info("waiting for %s (%.0f s so far)", what_for, now - started)

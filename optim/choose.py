@@ -6,38 +6,37 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optim.arena import NoArena, race_apart
+from optim.background import PutOff, put_off
 from optim.buckets import Bucket
-from optim.builder import Builder
-from optim.cache import Cache, CacheUnusable, default_folder
+from optim.cache import Busy, Cache, CacheUnusable, default_folder
+from optim.child import NotCarried
 from optim.engines import EngineJob, choose_engines
 from optim.errors import describe, is_device_error
 from optim.fingerprint import describe_job, hash_weights, key_of
 from optim.model import Lane
 from optim.plan import BadPlan, Plan
-from optim.race import Event, Race, Standing, nearest, pick_probes, rank
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport, Refusal
 from optim.share import KEY_VARIABLE, Exchange, Share, ShareUnusable, UriShare
-from optim.streams import NoStreams, Streams, build_streams
-from optim.trial import Trial
+from optim.start import Start, clock
+from optim.streams import Streams
 
 logger = logging.getLogger(__name__)
 
-#: Seconds a race may take where the configuration does not say: with two cores, enough for the engines that start fast
-#: and one that compiles.
-RACE_BUDGET_S = 60.0
-#: Seconds that the building of one engine, or the warm-up of one of its buckets, may take where no budget is given.
-ENGINE_LIMIT_S = 900.0
 
-Outcome = tuple[dict[Bucket, Lane], Streams | None]
+@dataclass(frozen=True)
+class Outcome:
+    """What serves each bucket, what serves it on streams if anything does, and what is yet to be done."""
+
+    lanes: Mapping[Bucket, Lane]
+    streams: Streams | None = None
+    put_off: PutOff | None = None
 
 
 def choose(
@@ -51,25 +50,36 @@ def choose(
 ) -> Outcome:
     """Return what serves each bucket, and what serves it on streams; a kept plan is verified, else engines compete.
 
-    A plan that is not kept here may come from another machine, over one of the shares.
+    A plan that is not kept here may come from another machine, over one of the shares. With `compile.when: background`
+    nothing competes here: eager serves each bucket, and the rest is put off.
     """
     report.buckets = [BucketReport(b.batch_size, b.length or None) for b in sorted(job.samples)]
     choice = choose_engines(job)
     report.notes += choice.notes
     report.candidates = list(choice.names)
-    chooser = _Chooser(job, reference, report, streams, must_pay=streams_must_pay, race=choice.race)
+    start = Start(job, reference, report, streams, must_pay=streams_must_pay, race=choice.race)
     if reference.obstacle:
         report.refusals += [Refusal(name, "preflight", None, None, reference.obstacle) for name in choice.names]
-        return chooser.start_cold((), Path())
+        return Outcome(*start.start_cold((), Path()))
     cache, made_for = None, None
     if choice.names and job.config.cache.enable:
         with clock(report, "cache"):
             cache, made_for = _open_cache(job, report), _describe(job, streams, report)
     if cache is None or made_for is None:
         with _folder() as folder:
-            return chooser.start_cold(choice.names, folder)
+            return Outcome(*start.start_cold(choice.names, folder))
     key = key_of(made_for)
     exchange = Exchange(cache, key, [*shares, *_open_uri(job, report)], report)
+    if job.config.compile.when == "background":
+        if job.info.device.type == "cpu":
+            todo = PutOff(cache, key, made_for, exchange, streams, streams_must_pay)
+            outcome = _start_at_once(start, todo, job, reference, report)
+        else:
+            outcome = None
+            _not_put_off(report, "on a GPU another process would need memory of its own")
+        if outcome is not None:
+            report.notes += cache.rejections
+            return outcome
     for attempt in range(2):  # once more after a plan was set aside; then whoever is first makes a new one
         with ExitStack() as stack:
             with clock(report, "cache"):
@@ -79,22 +89,84 @@ def choose(
                     path = exchange.adopt()
             if path is None:
                 with _turn(cache, job, report), _folder() as folder:
-                    outcome = chooser.start_cold(choice.names, folder)
+                    built = start.start_cold(choice.names, folder)
                     path = _keep(cache, key, folder, Plan.of(report, made_for), report)
                 exchange.offer(path)
                 break
             try:
-                outcome = chooser.start_warm(Plan.load(path, made_for), path)
+                built = start.start_warm(Plan.load(path, made_for), path)
                 exchange.offer(path)
                 break
             except BadPlan as reason:
                 cache.reject(key, str(reason))
-                chooser.begin_again()
+                start.begin_again()
     else:
         with _turn(cache, job, report), _folder() as folder:
-            outcome = chooser.start_cold(choice.names, folder)
+            built = start.start_cold(choice.names, folder)
     report.notes += cache.rejections
-    return outcome
+    return Outcome(*built)
+
+
+def _start_at_once(
+    start: Start, todo: PutOff, job: EngineJob, reference: Reference, report: CompileReport
+) -> Outcome | None:
+    """Start warm where the plan is at hand, else eager, the rest put off; None, with a note, where it cannot be."""
+    try:
+        with todo.cache.hold(todo.key, wait=False) as path:
+            if path is None:
+                with clock(report, "share"):
+                    path = todo.exchange.adopt()
+            if path is not None:
+                try:
+                    built = start.start_warm(Plan.load(path, todo.made_for), path)
+                    todo.exchange.offer(path)
+                    return Outcome(*built)
+                except BadPlan as reason:
+                    todo.cache.reject(todo.key, str(reason))
+                    start.begin_again()
+    except Busy:  # then it is waited for in the background
+        logger.info("another process compiles the same")
+    try:
+        todo = put_off(todo, job, reference, report.candidates)
+    except NotCarried as reason:
+        _not_put_off(report, str(reason))
+        return None
+    return Outcome(start.stay_eager(), None, todo)
+
+
+def _not_put_off(report: CompileReport, reason: str) -> None:
+    report.notes.append(f"not compiled in the background but before it was ready: {reason}")
+    logger.warning(report.notes[-1])
+
+
+def fill_cache(
+    job: EngineJob,
+    reference: Reference,
+    report: CompileReport,
+    made_for: Mapping[str, Any],
+    streams: int,
+    *,
+    streams_must_pay: bool,
+) -> Path | None:
+    """Let engines compete and keep the plan under the key of `made_for`, unless it is there; None where none is kept.
+
+    A process that makes the same is waited for.
+    """
+    report.buckets = [BucketReport(b.batch_size, b.length or None) for b in sorted(job.samples)]
+    choice = choose_engines(job)
+    report.candidates = list(choice.names)
+    cache = _open_cache(job, report)
+    if cache is None:
+        return None
+    key = key_of(made_for)
+    with cache.hold(key) as path:
+        if path is None:
+            start = Start(job, reference, report, streams, must_pay=streams_must_pay, race=choice.race)
+            with _turn(cache, job, report), _folder() as folder:
+                start.start_cold(choice.names, folder)
+                path = _keep(cache, key, folder, Plan.of(report, made_for), report)
+    report.notes += cache.rejections
+    return path
 
 
 def _open_cache(job: EngineJob, report: CompileReport) -> Cache | None:
@@ -172,135 +244,3 @@ def _keep(cache: Cache, key: str, folder: Path, plan: Plan, report: CompileRepor
         return None
     report.cache = str(path)
     return path
-
-
-class _Chooser:
-    """One compilation, cold or warm."""
-
-    def __init__(
-        self,
-        job: EngineJob,
-        reference: Reference,
-        report: CompileReport,
-        streams: int,
-        *,
-        must_pay: bool,
-        race: bool,
-    ) -> None:
-        self._job, self._reference, self._report = job, reference, report
-        self._streams, self._must_pay, self._race = streams, must_pay, race
-
-    def begin_again(self) -> None:
-        """Forget what a start that was given up wrote into the report's rows."""
-        self._report.buckets = [BucketReport(row.batch_size, row.length) for row in self._report.buckets]
-        self._report.start, self._report.cache, self._report.streams = "cold", None, 1
-
-    def start_cold(self, names: tuple[str, ...], folder: Path) -> Outcome:
-        """Let the engines named compete, or build the one; what they leave for the next start goes to a folder."""
-        job, report = replace(self._job, kept=folder), self._report
-        ranking: Mapping[Bucket, list[str]] = {bucket: list(names) for bucket in job.samples}
-        limit_s = job.config.tune.budget_s or ENGINE_LIMIT_S
-        trials: dict[str, Trial] = {}
-        if names and self._race:
-            with clock(report, "race"):
-                standing, trials = _race(job, self._reference, names, job.config.tune.budget_s or RACE_BUDGET_S, report)
-            _take_down(standing, report)
-            only_if_faster = job.config.compile.only_if_faster
-            raced = {
-                b: [n for n in order if n != "eager"] if order[0] != "eager" else []
-                for b, order in rank(standing.rounds, keep_eager=only_if_faster).items()
-            }
-            # A bucket that no engine had time for goes by its neighbours too: each is timed against eager once more.
-            tried = {r.bucket for r in standing.rounds if len(r.ms) > 1} or set(raced)
-            ranking = {bucket: raced[nearest(bucket, tried)] for bucket in job.samples}
-            # What took the race's whole budget there is not to be waited for any longer here.
-            limit_s = ENGINE_LIMIT_S
-        with clock(report, "build"):
-            lanes = Builder(job, self._reference, report, limit_s, trials).build(ranking)
-        return lanes, self._build_streams(job, lanes)
-
-    def start_warm(self, plan: Plan, folder: Path) -> Outcome:
-        """Build what a plan says and verify it; BadPlan where it does not hold any more."""
-        job, report = replace(self._job, kept=folder), self._report
-        if set(plan.rows) != set(job.samples):
-            raise BadPlan("its plan has other buckets")
-        report.start, report.cache = "warm", str(folder)
-        ranking = {bucket: [row["engine"]] if row["engine"] != "eager" else [] for bucket, row in plan.rows.items()}
-        with clock(report, "build"):
-            lanes = Builder(job, self._reference, report, ENGINE_LIMIT_S, {}, plan).build(ranking)
-        for row in report.buckets:
-            if row.engine != plan.rows[row.bucket]["engine"]:
-                why = [*report.refusals, *row.refusals]
-                raise BadPlan(f"its plan does not hold any more: {why[-1] if why else row.engine}")
-        plan.fill(report)
-        if plan.streams == 1:
-            if self._streams > 1:
-                report.notes.append("one run at a time, as the plan says")
-            return lanes, None
-        beside = self._build_streams(job, lanes, plan)
-        if beside is None:
-            raise BadPlan(f"its plan does not hold any more: {report.notes.pop()}")
-        return lanes, beside
-
-    def _build_streams(self, job: EngineJob, lanes: Mapping[Bucket, Lane], plan: Plan | None = None) -> Streams | None:
-        """Build what runs beside each other, or note why there is none."""
-        if self._streams == 1:
-            return None
-        try:
-            with clock(self._report, "streams"):
-                found = build_streams(
-                    job,
-                    self._reference,
-                    self._report,
-                    lanes,
-                    self._streams,
-                    ENGINE_LIMIT_S,
-                    must_pay=self._must_pay,
-                    plan=plan,
-                )
-        except NoStreams as reason:
-            self._report.notes.append(f"one run at a time: {reason}")
-            return None
-        self._report.streams = found.count
-        return found
-
-
-def _race(
-    job: EngineJob, reference: Reference, names: tuple[str, ...], budget_s: float, report: CompileReport
-) -> tuple[Standing, dict[str, Trial]]:
-    """Hold the race in a process of its own; on a GPU, or with a module that cannot be carried there, in this one."""
-    buckets = pick_probes(job.samples)
-    if job.info.device.type == "cpu":
-        try:
-            return race_apart(job, reference, names, buckets, budget_s, _tell), {}
-        except NoArena as reason:
-            report.notes.append(f"the race was held in this process: {reason}")
-            logger.info("the race is held in this process: %s", reason)
-    race = Race(job, reference, names, time.monotonic() + budget_s, _tell, buckets=buckets)
-    return race.run(), race.trials
-
-
-def _tell(event: Event) -> None:
-    """Log a race as it goes."""
-    logger.info("race: %s", event)
-
-
-def _take_down(standing: Standing, report: CompileReport) -> None:
-    """Write a race into the report."""
-    rows = {row.bucket: row for row in report.buckets}
-    for refusal in standing.refusals:
-        row = next((row for bucket, row in rows.items() if str(bucket) == refusal.bucket), None)
-        (report.refusals if row is None else row.refusals).append(refusal)
-    for found in standing.rounds:
-        rows[found.bucket].race.append(dict(found.ms))
-    report.notes += standing.notes
-
-
-@contextmanager
-def clock(report: CompileReport, name: str) -> Iterator[None]:
-    """Add the seconds that a block takes to the report."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        report.seconds[name] = round(report.seconds.get(name, 0.0) + time.perf_counter() - started, 3)

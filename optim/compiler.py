@@ -5,24 +5,24 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from optim.attention import check_phase, kernel_of
-from optim.buckets import Bucket, make_grid
+from optim.background import Background
+from optim.buckets import make_grid
 from optim.choose import choose
 from optim.config import Pt2Config
 from optim.device import ensure_cache_folder, pick_device
 from optim.engines import EngineJob
 from optim.errors import CompileError
-from optim.model import CompiledModel, Lane, StreamedModel
+from optim.model import CompiledModel
 from optim.reference import Reference
-from optim.report import CompileReport, group_refusals
+from optim.report import CompileReport, announce
 from optim.shapes import Example
 from optim.share import Share
 from optim.streams import check_streams
@@ -52,7 +52,8 @@ def compile_model(
     `prefill`, `decode`), for the attention kernels. On a CPU, `streams` is how many calls may be made at a time,
     each on its share of the threads (`CompiledModel.streams`); None is as many as were measured to pay. `shares` are
     where plans of other machines are found, beside `pt2.cache.uri`. The module is moved to the device and put in eval
-    mode. Call from the thread that will run the model, with its thread count set.
+    mode. With `compile.when: background` the model answers eager until `CompiledModel.background` has run. Call from
+    the thread that will run the model, with its thread count set.
 
     Raises ConfigError for wrong arguments, ModelError where the module fails in eager mode, CompileError where it
     cannot be compiled and `fallback` is `fail` (or `strict` is set), and device and memory errors as they come.
@@ -75,33 +76,29 @@ def compile_model(
         report.device = job.info.to_dict()
         report.padding = reference.rows_are_independent
         report.seconds["eager"] = round(time.perf_counter() - started, 3)
-        lanes, beside = choose(job, reference, report, stream_count, shares, streams_must_pay=streams is None)
+        found = choose(job, reference, report, stream_count, shares, streams_must_pay=streams is None)
         report.notes += reference.notes  # now, since verification adds to them
     _give_memory_back()
     report.seconds["total"] = round(time.perf_counter() - started, 3)
-    _announce(report)
+    model = CompiledModel(
+        module,
+        where,
+        found.lanes,
+        reference.input_specs,
+        reference.output_specs,
+        report,
+        reference.samples,
+        reference.output_names,
+        strict=config.strict,
+    )
+    beside = found.streams
+    if beside is not None:
+        model.add_streams(beside.lanes, beside.costs, beside.count, beside.threads)
+    if found.put_off is not None:
+        model.background = Background(model, found.put_off)
+    announce(report)
     if config.fallback == "fail" or config.strict:
         _raise_failures(report)
-    lock = threading.Lock()
-
-    def make(lanes: Mapping[Bucket, Lane], costs: Mapping[Bucket, float] | None = None) -> CompiledModel:
-        return CompiledModel(
-            module,
-            where,
-            lanes,
-            reference.input_specs,
-            reference.output_specs,
-            report,
-            reference.samples,
-            reference.output_names,
-            strict=config.strict,
-            costs=costs,
-            module_lock=lock,
-        )
-
-    model = make(lanes)
-    if beside is not None:
-        model.streams = StreamedModel(make(beside.lanes, beside.costs), beside.count, beside.threads)
     return model
 
 
@@ -135,19 +132,6 @@ def _give_memory_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-def _announce(report: CompileReport) -> None:
-    """Log what serves each bucket, and one warning for those left to eager although they were to be compiled."""
-    logger.info("engines by bucket: %s", report.engines())
-    eager = [b for b in report.buckets if b.engine == "eager"]
-    if eager and report.candidates:
-        reasons = [*report.refusals, *(refusal for b in eager for refusal in b.refusals)]
-        names = ", ".join(str(b.bucket) for b in eager)
-        why = "; ".join(group_refusals(reasons)) or "no engine was more than 5 % faster"
-        logger.warning("buckets %s are served eager: %s", names, why)
-    elif report.all_refusals():
-        logger.info("refused on the way: %s", "; ".join(group_refusals(report.all_refusals())))
 
 
 def _raise_failures(report: CompileReport) -> None:

@@ -27,6 +27,7 @@ def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
     packages that the module's classes are from, is another key.
     """
     config = {key: value for key, value in job.config.to_dict().items() if key != "cache"}
+    del config["compile"]["when"]  # that is what it says: when
     return {
         "packages": _packages(),
         "python": platform.python_version(),

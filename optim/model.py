@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,9 +17,12 @@ from optim.engines.base import Engine, Runner
 from optim.engines.inductor import RECOMPILE_TEXT
 from optim.errors import CompileError, causes, is_device_error
 from optim.monitor import count_graphs, count_recordings
-from optim.report import CompileReport, Refusal
+from optim.report import BucketReport, CompileReport, Refusal
 from optim.shapes import Inputs, TensorSpec, cut, join, measure, normalize, pad, take_rows
 from optim.tree import flatten
+
+if TYPE_CHECKING:
+    from optim.background import Background
 
 logger = logging.getLogger(__name__)
 
@@ -74,26 +77,60 @@ class CompiledModel:
         self.output_specs = output_specs
         self._report = report
         self._module = module
-        self._lanes = dict(lanes)
-        self._lengths = sorted({bucket.length for bucket in lanes})
-        self._ms = dict(costs or {b.bucket: b.ms or 0.0 for b in report.buckets})
         self._module_lock = module_lock or threading.Lock()
+        self._samples = samples
         #: The same model for several calls at a time; None where that does not pay.
         self.streams: StreamedModel | None = None
+        #: What moves buckets from eager to compiled code, where it was started so.
+        self.background: Background | None = None
+        #: Another thread compiles, so that what is compiled during a call need not be of the call.
+        self.others_compile = False
         self._owner = threading.get_ident()
-        self._bound_to_thread = any(lane.engine.reuses_outputs for lane in lanes.values())
-        self._records = self._bound_to_thread and device.type == "cuda"
-        self._compiled = any(lane.engine.name != "eager" for lane in lanes.values())
-        self._plain = not (self._compiled or strict)
         self._strict = strict
+        self._lengths = sorted({bucket.length for bucket in lanes})
+        self._set_lanes(lanes, costs or {b.bucket: b.ms or 0.0 for b in report.buckets})
+
+    def _set_lanes(self, lanes: Mapping[Bucket, Lane], costs: Mapping[Bucket, float]) -> None:
+        self._lanes, self._ms = dict(lanes), dict(costs)
+        self._bound_to_thread = any(lane.engine.reuses_outputs for lane in lanes.values())
+        self._records = self._bound_to_thread and self.device.type == "cuda"
+        self._compiled = any(lane.engine.name != "eager" for lane in lanes.values())
+        self._plain = not (self._compiled or self._strict)
         self._takes_any_size = any(lane.engine.takes_any_size for lane in lanes.values())
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
         #: Inputs of exactly a bucket's shapes need no measuring, unless several runs cost less than its own.
         self._direct = {
             _shapes(inputs): bucket
-            for bucket, inputs in samples.items()
-            if not report.padding or self._plan(bucket.batch_size, bucket.length) == (bucket.batch_size,)
+            for bucket, inputs in self._samples.items()
+            if not self._report.padding or self._plan(bucket.batch_size, bucket.length) == (bucket.batch_size,)
         }
+
+    def move_over(self, lanes: Mapping[Bucket, Lane], rows: Iterable[BucketReport]) -> None:
+        """Serve some buckets by other code from now on, and take its rows into the report; call between two calls."""
+        changed = {row.bucket: row for row in rows}
+        self._report.buckets = [changed.get(row.bucket, row) for row in self._report.buckets]
+        costs = {bucket: row.ms or 0.0 for bucket, row in changed.items()}
+        self._set_lanes({**self._lanes, **lanes}, {**self._ms, **costs})
+
+    def add_streams(
+        self, lanes: Mapping[Bucket, Lane], costs: Mapping[Bucket, float], count: int, threads: int
+    ) -> None:
+        """Take what serves each bucket where several calls are made at a time (see `streams.py`)."""
+        model = CompiledModel(
+            self._module,
+            self.device,
+            lanes,
+            self.input_specs,
+            self.output_specs,
+            self._report,
+            self._samples,
+            self.output_names,
+            strict=self._strict,
+            costs=costs,
+            module_lock=self._module_lock,
+        )
+        self.streams = StreamedModel(model, count, threads)
+        self._report.streams = count
 
     @property
     def report(self) -> CompileReport:
@@ -155,12 +192,18 @@ class CompiledModel:
         finally:
             self._account(before)
 
-    def _count(self) -> tuple[int, int]:
+    def _count(self) -> tuple[int, int] | None:
+        """Return what was compiled and recorded so far; None while that may be another thread's."""
+        if self.others_compile:
+            return None
         return count_graphs(), count_recordings(self.device) if self._records else 0
 
-    def _account(self, before: tuple[int, int]) -> None:
+    def _account(self, before: tuple[int, int] | None) -> None:
         """Count what was compiled or recorded during a call; with `strict` that is an error."""
-        compiled, recorded = (now - then for now, then in zip(self._count(), before, strict=True))
+        after = self._count()
+        if before is None or after is None:
+            return
+        compiled, recorded = (now - then for now, then in zip(after, before, strict=True))
         if not compiled and not recorded:
             return
         self._report.after_ready.add("compilations", compiled)

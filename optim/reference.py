@@ -48,6 +48,14 @@ class Reference:
         self.value_reads = () if self.obstacle else tuple(reads_values(module, self.samples[min(grid)]))
         self.rows_are_independent = self._find_specs(min(grid)) and self._padding_is_harmless()
 
+    def of_copy(self, module: nn.Module, *, probes: bool = False) -> Reference:
+        """Return the same of a copy of the module, for another thread; it knows the examples that `record` returns."""
+        other, seen = copy.copy(self), self.record(probes=probes)
+        other._module, other._exact_module, other.notes = module, None, []
+        other._example = lambda rows, length: seen[Bucket(rows, length or 0)]
+        other._seen, other._probed = dict(seen), dict(self._probed)
+        return other
+
     def run(self, inputs: Inputs) -> Any:
         """Return the module's eager outputs."""
         return self._module(*inputs)

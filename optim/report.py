@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any
 from optim.buckets import Bucket
 from optim.errors import describe
 
+logger = logging.getLogger(__name__)
 _COUNTING = threading.Lock()
 
 
@@ -110,7 +112,9 @@ class CompileReport:
     notes: list[str] = field(default_factory=list)
     """Decisions worth knowing that are not refusals."""
     start: str = "cold"
-    """`warm` where a kept plan was verified instead of racing."""
+    """`warm` where a kept plan was verified instead of racing, `eager` where compiling was left to the background."""
+    background: str | None = None
+    """What became of that: `compiling` (in another process), `moving` (bucket by bucket), `done` or `failed`."""
     cache: str | None = None
     """The folder of the compile cache that holds what the next start needs, if one does."""
     streams: int = 1
@@ -132,6 +136,21 @@ class CompileReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, ready for JSON."""
         return asdict(self)
+
+
+def announce(report: CompileReport) -> None:
+    """Log what serves each bucket, and one warning for those left to eager although they were to be compiled."""
+    logger.info("engines by bucket: %s", report.engines())
+    eager = [b for b in report.buckets if b.engine == "eager"]
+    if report.background == "compiling":
+        logger.info("answering eager, until what is compiled in the background moves over")
+    elif eager and report.candidates:
+        reasons = [*report.refusals, *(refusal for b in eager for refusal in b.refusals)]
+        names = ", ".join(str(b.bucket) for b in eager)
+        why = "; ".join(group_refusals(reasons)) or "no engine was more than 5 % faster"
+        logger.warning("buckets %s are served eager: %s", names, why)
+    elif report.all_refusals():
+        logger.info("refused on the way: %s", "; ".join(group_refusals(report.all_refusals())))
 
 
 def group_refusals(refusals: Iterable[Refusal]) -> list[str]:

@@ -1,0 +1,196 @@
+"""Work on a module in a process of its own: what the process is given, how it tells what it found, how it ends."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from optim.buckets import Bucket
+from optim.config import OPTIONAL_BACKENDS, OWN_BACKENDS
+from optim.engines import EngineJob
+from optim.errors import describe
+from optim.reference import Reference
+
+_FILE = "job.pt"
+#: What a process needs to start and load torch, the model and its eager figures, seconds.
+START_S = 120.0
+
+
+class NotCarried(Exception):
+    """The module cannot be handed to another process, or none can be started; the message says why."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a child was given: the job with its reference, made anew, and whatever else was packed."""
+
+    job: EngineJob
+    reference: Reference
+    more: Mapping[str, Any]
+
+
+def pack(folder: Path, job: EngineJob, reference: Reference, names: Sequence[str], **more: Any) -> None:
+    """Write a job for the engines named into a folder that only this user can write; NotCarried where it cannot be."""
+    try:
+        import cloudpickle  # takes classes of scripts and notebooks along
+    except ImportError as error:
+        raise NotCarried("cloudpickle is not installed") from error
+    data = {
+        "module": job.module,
+        "examples": reference.record(probes=bool(job.config.compile.dynamic)),
+        "buckets": tuple(job.samples),
+        "config": job.config,
+        "phase": job.phase,
+        "threads": torch.get_num_threads(),
+        "backends": _registered(names),
+        "more": more,
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.save(data, folder / _FILE, pickle_module=cloudpickle)
+    except Exception as error:  # whatever the module's own classes raise
+        raise NotCarried("the module cannot be pickled: {}: {}".format(*describe(error, 300))) from error
+
+
+def unpack(folder: Path) -> Carried:
+    """Read, in the child, what `pack` wrote: set the threads, register the backends, and run eager for its figures."""
+    data = torch.load(folder / _FILE, weights_only=False, mmap=True, pickle_module=pickle)
+    torch.set_num_threads(data["threads"])
+    examples = data["examples"]
+    for name, backend in data["backends"].items():
+        if name not in torch.compiler.list_backends(exclude_tags=()):
+            torch._dynamo.register_backend(backend, name=name)
+    device = torch.device("cpu")
+    reference = Reference(
+        data["module"], lambda rows, length: examples[Bucket(rows, length or 0)], data["buckets"], device
+    )
+    return Carried(
+        EngineJob.of(data["module"], data["config"], reference, device, data["phase"]), reference, data["more"]
+    )
+
+
+def _registered(names: Sequence[str]) -> dict[str, Any]:
+    """Return the backends of torch.compile among the names that someone registered in this process."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    others = set(names) & set(torch.compiler.list_backends(exclude_tags=())) - {*OWN_BACKENDS, *OPTIONAL_BACKENDS}
+    return {name: lookup_backend(name) for name in others if name != "inductor"}
+
+
+class Child:
+    """A process that runs `python -m <module> <folder> <pipe>`, and ends with this one; `end` says how it ended.
+
+    `nicer` is by how much its priority is lower. The lines that it writes into the pipe are what it has to tell; the
+    first of them has to be `ready`.
+    """
+
+    def __init__(self, module: str, folder: Path, nicer: int = 0) -> None:
+        self.end = "never started"
+        self.started: float | None = None
+        """When it said that it is ready, on time.monotonic's clock."""
+        self._log = folder / "stderr"
+        read, write = os.pipe()
+        # The same import paths as here, and not this process's __main__.
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        threads = str(torch.get_num_threads())
+        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", module, str(folder), str(write)],
+                stdin=subprocess.PIPE,  # its end tells the child that this process is gone
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                pass_fds=[write],
+                env=env,
+                # Compilers that it starts are ended with it. Not a session of its own: Linux gives each session the
+                # same share of the cores, however nice its processes are (autogroups, sched(7)).
+                process_group=0,
+            )
+        os.close(write)
+        if nicer:
+            with suppress(ProcessLookupError):  # it has ended, which will be seen
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + nicer)
+        self._pipe = os.fdopen(read, "rb", buffering=0)
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
+    def lines(self, seconds: float | None, start_s: float = START_S) -> Iterator[bytes]:
+        """Yield what it tells until it ends, or has had so many seconds since it was ready (None: any number).
+
+        It has to be ready within `start_s`.
+        """
+        pending = b""
+        deadline = time.monotonic() + start_s
+        while True:
+            is_bounded = self.started is None or seconds is not None
+            wait_s = max(deadline - time.monotonic(), 0) if is_bounded else None
+            if not select.select([self._pipe], [], [], wait_s)[0]:
+                self.end = f"did not end within {seconds:.0f} s and was stopped"
+                if self.started is None:
+                    self.end = f"was not ready within {start_s:.0f} s"
+                return
+            data = self._pipe.read(65536)
+            if not data:
+                self.end = self._how_it_ended()
+                return
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                if line == b"ready" and self.started is None:
+                    self.started = time.monotonic()
+                    deadline = self.started + (seconds or 0)
+                else:
+                    yield line
+
+    def stop(self) -> None:
+        """Make sure that it is gone, and what it started."""
+        self._pipe.close()
+        self.kill()
+        self._process.wait()
+        if self._process.stdin:
+            self._process.stdin.close()
+
+    def kill(self) -> None:
+        """End it at once; may be called while another thread reads its lines."""
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _how_it_ended(self) -> str:
+        code = self._process.wait()
+        how = f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        words = self._log.read_text(errors="replace").strip().splitlines()
+        return f"{how}{f': {words[-1][:300]}' if words else ''}"
+
+
+def be_a_child(work: Callable[[Path, IO[bytes]], None]) -> None:
+    """Do the work of a process that `Child` has started; what it writes into the pipe is told line by line."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder, descriptor = sys.argv[1:3]
+    with os.fdopen(int(descriptor), "wb", buffering=0) as pipe:
+        work(Path(folder), pipe)
+        # What a compiler left running must not keep the process from ending.
+        os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the parent's end of stdin closes, killed or not."""
+    while os.read(sys.stdin.fileno(), 1):  # not a buffered read, whose lock would abort the interpreter's own end
+        pass
+    os.killpg(0, signal.SIGKILL)

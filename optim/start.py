@@ -1,0 +1,178 @@
+"""One start: engines compete, a plan is verified, or eager answers for the time being."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from optim.arena import race_apart
+from optim.buckets import Bucket
+from optim.builder import Builder
+from optim.child import NotCarried
+from optim.engines import EngineJob
+from optim.model import Lane
+from optim.plan import BadPlan, Plan
+from optim.race import Event, Race, Standing, nearest, pick_probes, rank
+from optim.reference import Reference
+from optim.report import BucketReport, CompileReport
+from optim.streams import NoStreams, Streams, build_streams
+from optim.trial import Trial
+
+logger = logging.getLogger(__name__)
+
+#: Seconds a race may take where the configuration does not say: with two cores, enough for the engines that start fast
+#: and one that compiles.
+RACE_BUDGET_S = 60.0
+#: Seconds that the building of one engine, or the warm-up of one of its buckets, may take where no budget is given.
+ENGINE_LIMIT_S = 900.0
+
+Built = tuple[dict[Bucket, Lane], Streams | None]
+
+
+class Start:
+    """One start, which writes what it finds into the report; `on_lane` hears of each bucket as it is settled."""
+
+    def __init__(
+        self,
+        job: EngineJob,
+        reference: Reference,
+        report: CompileReport,
+        streams: int,
+        *,
+        must_pay: bool,
+        race: bool = False,
+        on_lane: Callable[[Bucket, Lane], None] | None = None,
+    ) -> None:
+        self._job, self._reference, self._report = job, reference, report
+        self._streams, self._must_pay, self._race = streams, must_pay, race
+        self._on_lane = on_lane
+
+    def begin_again(self) -> None:
+        """Forget what a start that was given up wrote into the report's rows."""
+        self._report.buckets = [BucketReport(row.batch_size, row.length) for row in self._report.buckets]
+        self._report.start, self._report.cache, self._report.streams = "cold", None, 1
+
+    def stay_eager(self) -> dict[Bucket, Lane]:
+        """Serve the module itself; its figures are measured for planning."""
+        self._report.start = "eager"
+        with clock(self._report, "build"):
+            return Builder(self._job, self._reference, self._report, ENGINE_LIMIT_S, {}).build({})
+
+    def start_cold(self, names: tuple[str, ...], folder: Path) -> Built:
+        """Let the engines named compete, or build the one; what they leave for the next start goes to a folder."""
+        job, report = replace(self._job, kept=folder), self._report
+        ranking: Mapping[Bucket, list[str]] = {bucket: list(names) for bucket in job.samples}
+        limit_s = job.config.tune.budget_s or ENGINE_LIMIT_S
+        trials: dict[str, Trial] = {}
+        if names and self._race:
+            with clock(report, "race"):
+                standing, trials = _race(job, self._reference, names, job.config.tune.budget_s or RACE_BUDGET_S, report)
+            _take_down(standing, report)
+            only_if_faster = job.config.compile.only_if_faster
+            raced = {
+                b: [n for n in order if n != "eager"] if order[0] != "eager" else []
+                for b, order in rank(standing.rounds, keep_eager=only_if_faster).items()
+            }
+            # A bucket that no engine had time for goes by its neighbours too: each is timed against eager once more.
+            tried = {r.bucket for r in standing.rounds if len(r.ms) > 1} or set(raced)
+            ranking = {bucket: raced[nearest(bucket, tried)] for bucket in job.samples}
+            # What took the race's whole budget there is not to be waited for any longer here.
+            limit_s = ENGINE_LIMIT_S
+        with clock(report, "build"):
+            lanes = Builder(job, self._reference, report, limit_s, trials).build(ranking)
+        return lanes, self._build_streams(job, lanes)
+
+    def start_warm(self, plan: Plan, folder: Path, *, timed: bool = True) -> Built:
+        """Build what a plan says and verify it; BadPlan where it does not hold any more.
+
+        Without `timed` it is not held against eager's time once more: it was made just now.
+        """
+        job, report = replace(self._job, kept=folder), self._report
+        if set(plan.rows) != set(job.samples):
+            raise BadPlan("its plan has other buckets")
+        report.start, report.cache = "warm", str(folder)
+        ranking = {bucket: [row["engine"]] if row["engine"] != "eager" else [] for bucket, row in plan.rows.items()}
+        with clock(report, "build"):
+            lanes = Builder(job, self._reference, report, ENGINE_LIMIT_S, {}, plan, timed=timed).build(
+                ranking, self._on_lane
+            )
+        for row in report.buckets:
+            if row.engine != plan.rows[row.bucket]["engine"]:
+                why = [*report.refusals, *row.refusals]
+                raise BadPlan(f"its plan does not hold any more: {why[-1] if why else row.engine}")
+        plan.fill(report)
+        if plan.streams == 1:
+            if self._streams > 1:
+                report.notes.append("one run at a time, as the plan says")
+            return lanes, None
+        beside = self._build_streams(job, lanes, plan)
+        if beside is None:
+            raise BadPlan(f"its plan does not hold any more: {report.notes.pop()}")
+        return lanes, beside
+
+    def _build_streams(self, job: EngineJob, lanes: Mapping[Bucket, Lane], plan: Plan | None = None) -> Streams | None:
+        """Build what runs beside each other, or note why there is none."""
+        if self._streams == 1:
+            return None
+        try:
+            with clock(self._report, "streams"):
+                found = build_streams(
+                    job,
+                    self._reference,
+                    self._report,
+                    lanes,
+                    self._streams,
+                    ENGINE_LIMIT_S,
+                    must_pay=self._must_pay,
+                    plan=plan,
+                )
+        except NoStreams as reason:
+            self._report.notes.append(f"one run at a time: {reason}")
+            return None
+        self._report.streams = found.count
+        return found
+
+
+def _race(
+    job: EngineJob, reference: Reference, names: tuple[str, ...], budget_s: float, report: CompileReport
+) -> tuple[Standing, dict[str, Trial]]:
+    """Hold the race in a process of its own; on a GPU, or with a module that cannot be carried there, in this one."""
+    buckets = pick_probes(job.samples)
+    if job.info.device.type == "cpu":
+        try:
+            return race_apart(job, reference, names, buckets, budget_s, _tell), {}
+        except NotCarried as reason:
+            report.notes.append(f"the race was held in this process: {reason}")
+            logger.info("the race is held in this process: %s", reason)
+    race = Race(job, reference, names, time.monotonic() + budget_s, _tell, buckets=buckets)
+    return race.run(), race.trials
+
+
+def _tell(event: Event) -> None:
+    """Log a race as it goes."""
+    logger.info("race: %s", event)
+
+
+def _take_down(standing: Standing, report: CompileReport) -> None:
+    """Write a race into the report."""
+    rows = {row.bucket: row for row in report.buckets}
+    for refusal in standing.refusals:
+        row = next((row for bucket, row in rows.items() if str(bucket) == refusal.bucket), None)
+        (report.refusals if row is None else row.refusals).append(refusal)
+    for found in standing.rounds:
+        rows[found.bucket].race.append(dict(found.ms))
+    report.notes += standing.notes
+
+
+@contextmanager
+def clock(report: CompileReport, name: str) -> Iterator[None]:
+    """Add the seconds that a block takes to the report."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds[name] = round(report.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
