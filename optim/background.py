@@ -37,8 +37,8 @@ from optim.verify import Mismatch, compare
 
 logger = logging.getLogger(__name__)
 
-#: How much nicer the other process is: a core that both want is then shared 28 to 1 (Linux's weights, sched(7)). At 19 it
-#: would never get done beside an eager model that is busy all the time; at 10 requests waited for it now and then.
+#: How much nicer the other process is: a core that both want is then shared 28 to 1 (Linux's weights, sched(7)). At 19
+#: it would never get done beside an eager model that is busy all the time; at 10, requests waited for it now and then.
 _NICER = 15
 #: What the other process may need to start on a machine that is busy answering, seconds.
 _START_S = 900.0

@@ -25,7 +25,7 @@ def _fill(folder: Path, pipe: IO[bytes]) -> None:
     with torch.no_grad():
         given = unpack(folder)
         pipe.write(b"ready\n")
-        job, more = _allow_for_others(given.job, given.more["quiet_ms"]), given.more
+        job, more = allow_for_others(given.job, given.more["quiet_ms"]), given.more
         report = CompileReport(torch.__version__, job.info.to_dict(), job.config.to_dict(), phase=job.phase)
         path = fill_cache(
             job,
@@ -39,7 +39,7 @@ def _fill(folder: Path, pipe: IO[bytes]) -> None:
     pipe.write(json.dumps(report.to_dict(), default=str).encode() + b"\n")
 
 
-def _allow_for_others(job: EngineJob, quiet_ms: float) -> EngineJob:
+def allow_for_others(job: EngineJob, quiet_ms: float) -> EngineJob:
     """Stretch the race's budget by how much slower eager is now, beside a replica that answers, than it was before."""
     ms, *_ = time_in_turn([job.module], job.samples[min(job.samples)], job.info.device, min_rounds=3, budget_s=1.0)
     stretch = min(max(ms / quiet_ms, 1.0), _MOST_STRETCH)

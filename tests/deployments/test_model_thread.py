@@ -339,6 +339,34 @@ def test_under_load_runs_are_made_beside_each_other(thread: ModelThread, records
     assert all(record.on_stream for record in records[:-1])
 
 
+def test_streams_may_come_while_requests_wait(thread: ModelThread) -> None:
+    whole, pair = Gate(), Pair()
+    model = compile_model(whole, models.features, EAGER, batch_sizes=(1, 2, 4), device="cpu")
+    thread.call(lambda: thread.serve(model)).result()
+    whole.seen.clear()
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    futures = [thread.submit(row(i)) for i in range(4)]
+
+    def change() -> None:
+        beside = compile_model(pair, models.features, EAGER, batch_sizes=(1, 2, 4), device="cpu")
+        beside._run_module = lambda inputs: pair(*inputs)  # type: ignore[method-assign]
+        beside._ms = {bucket: 1e-3 * bucket.batch_size for bucket in beside.buckets}
+        model._ms = dict.fromkeys(model.buckets, 1.0)
+        model.streams = StreamedModel(beside, 2, 1)
+        pair.meeting = threading.Barrier(2)
+        thread.look_again()
+        thread.look_again()  # once more changes nothing
+
+    changed = thread.call(change)
+    blocked.set()
+    assert [future.result()[0, 0].item() for future in futures] == [1, 2, 3, 4]
+    changed.result()
+    assert pair.threads == {"model-test", "model-test-stream-0", "model-test-stream-1"}  # the first compiled it
+    assert whole.seen == []
+    assert thread.failure is None
+
+
 def test_a_job_waits_for_the_streams_and_they_for_it(thread: ModelThread) -> None:
     gates = (Gate(), Gate())
     load_with_streams(thread, Gate(), gates)

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from deployments.priority import last_in_line
+from deployments.priority import last_in_line, thread_last_in_line
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority for each thread")
 
@@ -33,6 +33,36 @@ def test_all_threads_step_back_and_return() -> None:
             found = niceness()
             assert {found[before.native_id or 0], found[meanwhile.native_id or 0]} == {usual[os.getpid()] + 10}
         assert set(niceness().values()) == {usual[os.getpid()]}
+    finally:
+        stop.set()
+        before.join()
+        if meanwhile.ident:
+            meanwhile.join()
+
+
+def test_one_thread_steps_back_and_what_it_starts_returns_with_it() -> None:
+    stop = threading.Event()
+    before, meanwhile = threading.Thread(target=stop.wait), threading.Thread(target=stop.wait)
+    before.start()
+    usual = niceness()[os.getpid()]
+
+    def work() -> None:
+        with thread_last_in_line() as steps_back:
+            if steps_back:
+                meanwhile.start()
+                found.update(niceness())
+                found[0] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    found: dict[int, int] = {}
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    try:
+        if not found:
+            pytest.skip("this process may not raise its priority again")
+        assert found[os.getpid()] == found[before.native_id or 0] == usual
+        assert found[meanwhile.native_id or 0] == found[0] == usual + 10
+        assert niceness()[meanwhile.native_id or 0] == usual
     finally:
         stop.set()
         before.join()

@@ -52,6 +52,7 @@ SMALL_MODELS = [
         },
     ),
     make_application("broken", {"model": "tests.support.servables:Tiny", "pt2": "pt2test_raises_at_call"}),
+    make_application("behind", {"model": "tests.support.servables:Tiny", "pt2": EAGER}, max_surge_percent=100),
     make_application("rolling", {"model": "tests.support.servables:Rolling", "pt2": EAGER}, max_surge_percent=100),
     make_application(
         "scaling",

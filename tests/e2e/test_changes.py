@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.e2e.conftest import Answer, Server, pid_of, steady_requests
+from tests.e2e.conftest import Answer, Server, describe, pid_of, steady_requests
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -47,6 +47,26 @@ def test_a_new_version_takes_over_and_a_broken_one_does_not(server: Server) -> N
         assert replicas_of(answers, 200) == {new}
         assert version_of(server, "rolling") == "2"
     assert {answer.status for answer in answers} == {200}
+
+
+def test_a_version_that_compiles_behind_its_back_moves_over_without_a_gap(server: Server) -> None:
+    compile_ = {"backend": "pt2test_faithful", "only_if_faster": False, "when": "background"}
+    # Another tolerance than the other models', whose plans it would find.
+    pt2 = {"compile": compile_, "verify": {"tolerance": 0.002}}
+    path = "/behind/models/behind"
+    with steady_requests(server, "behind") as answers:
+        server.change("behind", args={"version": "2", "pt2": pt2})
+        wait_for(lambda: version_of(server, "behind") == "2", server)
+        assert describe(server, path)["start"] == "eager"
+        new = pid_of(server, "behind")
+        wait_for(lambda: describe(server, path)["background"] not in ("compiling", "moving"), server)
+        count = len(answers)
+        wait_for(lambda: len(answers) > count + 100, server)
+        assert replicas_of(answers, 50) == {new}, "the replica that answered eager"
+    report = describe(server, path)
+    assert (report["background"], {row["engine"] for row in report["buckets"]}) == ("done", {"pt2test_faithful"})
+    assert {answer.status for answer in answers} == {200}
+    assert report["after_ready"]["compilations"] == report["after_ready"]["failed_runs"] == 0
 
 
 def test_replicas_come_and_go_with_the_load(server: Server) -> None:
