@@ -10,7 +10,7 @@ endif
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
 
-.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving bench-latency bench-hop bench-start bench-changes ahead clean
+.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving bench-latency bench-hop bench-start bench-changes bench-behind ahead clean
 
 install: .venv/.installed
 install-latest: .venv-latest/.installed
@@ -53,7 +53,7 @@ format: .venv/.installed
 	.venv/bin/ruff format .
 
 # Print the README's tables of figures, measured here; about an hour.
-bench: bench-engines bench-serving bench-latency bench-hop bench-start bench-changes
+bench: bench-engines bench-serving bench-latency bench-hop bench-start bench-changes bench-behind
 
 bench-engines: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.engines --threads 2 --plot benchmarks/engines.png
@@ -68,11 +68,14 @@ bench-latency: .venv/.bench-installed
 bench-hop: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.hop
 
-bench-start: .venv/.installed
-	.venv/bin/python -W ignore -m benchmarks.start
+bench-start: .venv/.bench-installed
+	.venv/bin/python -W ignore -m benchmarks.start --plot benchmarks/start.png
 
 bench-changes: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.changes
+
+bench-behind: .venv/.bench-installed
+	.venv/bin/python -W ignore -m benchmarks.behind
 
 # What benchmarks alone need.
 .venv/.bench-installed: .venv/.installed

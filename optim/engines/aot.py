@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailabl
 from optim.errors import is_device_error
 from optim.tree import tensors_of
 from optim.verify import Mismatch
+
+_SHARED = "shared.pt2"
 
 
 class AotEngine(Engine):
@@ -28,6 +33,8 @@ class AotEngine(Engine):
         self._shared: Runner | None = None
         path = job.config.export.path
         self._given = None if path is None else Path(path)
+        self._folder: Path | None = None
+        self._clean_up: Callable[[], Any] = lambda: None
 
     def preflight(self) -> None:
         """Look for what code generation needs, or for the package that was given."""
@@ -38,13 +45,21 @@ class AotEngine(Engine):
         require_precision(self.job)
         if isinstance(self.job.module, torch.jit.ScriptModule):
             raise Unavailable("the module is TorchScript, which torch.export does not take")
-        require(self.job.info, "cxx", "python_headers")
+        if self.kept is None:
+            require(self.job.info, "cxx", "python_headers")
 
     def build(self) -> None:
         """Load the package given; else try one with a free batch dimension (never for lengths: each has its own)."""
         if self._given is not None:
             self._shared = self._load(str(self._given))
             return
+        if self.kept is not None:
+            self._folder = self.kept
+            shared = self.kept / _SHARED
+            self._shared = self._load(str(shared)) if shared.exists() else None
+            return
+        self._folder = Path(tempfile.mkdtemp(prefix="pt2-aot-"))
+        self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         sizes = {bucket.batch_size for bucket in self.job.samples}
         if len(self.job.samples) == 1 or len({bucket.length for bucket in self.job.samples}) > 1:
             return
@@ -54,24 +69,38 @@ class AotEngine(Engine):
         # The example must not have one row: export would take 1 for a constant.
         sample = self.job.samples[max(self.job.samples)]
         try:
-            self._shared = self._package(sample, tuple({s.batch_dim: batch} for s in self.job.input_specs))
+            dynamic = tuple({s.batch_dim: batch} for s in self.job.input_specs)
+            self._shared = self._package(sample, dynamic, self._folder / _SHARED)
         except Exception as error:  # the module may specialise on its batch size; then every bucket gets its own
             if is_device_error(error):
                 raise
             self._shared = None
+            (self._folder / _SHARED).unlink(missing_ok=True)
 
     def compile(self, bucket: Bucket) -> Runner:
         """Return the shared package, or build this bucket's own."""
-        return self._shared or self._package(self.job.samples[bucket], None)
+        if self._shared is not None:
+            return self._shared
+        assert self._folder is not None, "build() comes first"
+        path = self._folder / f"{bucket}.pt2"
+        return self._load(str(path)) if path.exists() else self._package(self.job.samples[bucket], None, path)
 
-    def _package(self, sample: tuple[torch.Tensor, ...], dynamic: Any) -> Runner:
+    def _package(self, sample: tuple[torch.Tensor, ...], dynamic: Any, path: Path) -> Runner:
         flat = FlatModule(self.job.module, self.job).eval()
-        with torch.no_grad(), tempfile.TemporaryDirectory(prefix="pt2-aot-") as folder:
+        with torch.no_grad():
             exported = torch.export.export(
                 flat, sample, dynamic_shapes=None if dynamic is None else {"inputs": dynamic}
             )
-            path = torch._inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "model.pt2"))
-            return self._load(path)  # unpacks elsewhere, so the folder may go
+            return self._load(torch._inductor.aoti_compile_and_package(exported, package_path=str(path)))
+
+    def save(self, folder: Path) -> None:
+        """Leave the packages."""
+        if self._folder is not None:
+            shutil.copytree(self._folder, folder)
+
+    def finish(self) -> None:
+        """Remove the packages: loading unpacked them elsewhere."""
+        self._clean_up()
 
     def _load(self, path: str) -> Runner:
         loaded = torch._inductor.aoti_load_package(path)
@@ -87,5 +116,6 @@ class AotEngine(Engine):
         return run
 
     def close(self) -> None:
-        """Let go of the package."""
+        """Let go of the packages."""
         self._shared = None
+        self.finish()

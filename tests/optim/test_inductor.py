@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,19 @@ def test_ahead_of_time_package_serves_every_batch_size() -> None:
         for rows in (1, 2, 3, 5):
             inputs = models.images(rows)
             torch.testing.assert_close(model(*inputs), module(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_ahead_of_time_packages_are_kept_for_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"export": {"aot_compile": True}, "compile": {"enable": False, **KEEP}}
+    made = compile_model(models.SmallCnn(), models.images, section, batch_sizes=(1, 3), device="cpu")
+
+    def compile_again(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("it was compiled again")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_again)
+    model = compile_model(models.SmallCnn(), models.images, section, batch_sizes=(1, 3), device="cpu")
+    assert (made.report.start, model.report.start) == ("cold", "warm")
+    assert set(model.report.engines().values()) == {"aot"}, model.report.all_refusals()
 
 
 def test_a_hidden_state_of_the_machine_is_no_reason_to_compile_again() -> None:
