@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from optim import CompileError, CompileReport, ConfigError, ModelError, compile_model
+from optim.config import Pt2Config
 from optim.report import group_refusals
 
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = compile_model(
             factory(),
             example,
-            _read_pt2(options.pt2),
+            Pt2Config.parse(_read_pt2(options.pt2)).at_start(),
             batch_sizes=options.batch_sizes,
             lengths=options.lengths,
             device=options.device,

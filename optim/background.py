@@ -77,8 +77,7 @@ def put_off(todo: PutOff, job: EngineJob, reference: Reference, names: list[str]
         "streams_must_pay": todo.streams_must_pay,
         "quiet_ms": quiet_ms,
     }
-    config = replace(job.config, compile=replace(job.config.compile, when="start"))
-    pack(Path(folder.name), replace(job, config=config), reference, names, **given)
+    pack(Path(folder.name), replace(job, config=job.config.at_start()), reference, names, **given)
     return replace(
         todo,
         carried=(replace(job, module=twin), reference.of_copy(twin, probes=bool(job.config.compile.dynamic)), folder),
@@ -93,6 +92,10 @@ def _share_weights(module: nn.Module) -> nn.Module:
         if is_device_error(error):
             raise
         raise NotCarried("the module cannot be copied: {}: {}".format(*describe(error, 300))) from error
+
+
+class _Stopped(Exception):
+    """The replica is about to end."""
 
 
 class Background:
@@ -132,6 +135,8 @@ class Background:
                     report.background = "moving"
                     with clock(report, "background move"), aside():
                         failure = self._move_over()
+        except _Stopped:
+            failure = "it was stopped"
         except Exception as error:  # compilers raise anything
             if is_device_error(error):
                 raise
@@ -207,7 +212,7 @@ class Background:
 
         def settle(bucket: Bucket, lane: Lane) -> None:
             if self._stopped.is_set():
-                raise BadPlan("it was stopped")
+                raise _Stopped
             if lane.engine.needs_dynamo:
                 # Such code runs where compiling is refused, in all threads: not before everything is compiled.
                 kept_back[bucket] = lane

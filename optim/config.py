@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_origin
 
@@ -180,6 +180,10 @@ class Pt2Config:
         config = read_section("pt2", _unflatten(section), cls, prepare={"compile": _prepare_compile})
         _check(config, section)
         return config
+
+    def at_start(self) -> Pt2Config:
+        """Return the same with nothing left to the background: for whoever wants to see the result."""
+        return replace(self, compile=replace(self.compile, when="start"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole section as plain data."""

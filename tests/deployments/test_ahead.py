@@ -44,6 +44,14 @@ def test_a_replica_finds_what_was_compiled_ahead(tmp_path: Path, capsys: pytest.
     assert "was there already" in capsys.readouterr().out
 
 
+def test_what_would_be_compiled_in_the_background_is_compiled_ahead_too(tmp_path: Path) -> None:
+    pt2 = {"compile": {**ARGS["pt2"]["compile"], "when": "background"}}  # type: ignore[index]
+    assert main([write(tmp_path, pt2=pt2)]) == 0
+    args = ModelArgs.parse({**ARGS, "pt2": pt2})
+    model = compile_servable(args.make_servable(), args, *resources(args, cpus=2, gpus=0))
+    assert (model.report.start, model.background) == ("warm", None)
+
+
 def test_what_is_not_kept_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([write(tmp_path, pt2="pt2test_raises_at_call")]) == 1
     told = capsys.readouterr().err

@@ -182,6 +182,27 @@ def test_it_can_be_stopped() -> None:
     assert not _children()
 
 
+def test_one_that_is_stopped_while_it_moves_over_keeps_the_plan() -> None:
+    model = build()
+    assert model.background is not None
+    background = model.background
+
+    def between_runs(change: Callable[[], None]) -> None:
+        change()
+
+    class Patient:
+        def __enter__(self) -> None:
+            background.stop()
+
+        def __exit__(self, *error: object) -> None:
+            return None
+
+    background.run(between_runs, Patient)
+    assert (model.report.background, model.report.engines()["1"]) == ("failed", "eager")
+    assert len(entries()) == 1
+    check(model)
+
+
 def _children() -> list[int]:
     """Return the processes that compile for this one."""
     found = []
