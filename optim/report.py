@@ -147,7 +147,9 @@ def announce(report: CompileReport) -> None:
     elif eager and report.candidates:
         reasons = [*report.refusals, *(refusal for b in eager for refusal in b.refusals)]
         names = ", ".join(str(b.bucket) for b in eager)
-        why = "; ".join(group_refusals(reasons)) or "no engine was more than 5 % faster"
+        failed = report.background == "failed"
+        default = "compiling in the background failed" if failed else "no engine was more than 5 % faster"
+        why = "; ".join(group_refusals(reasons)) or default
         logger.warning("buckets %s are served eager: %s", names, why)
     elif report.all_refusals():
         logger.info("refused on the way: %s", "; ".join(group_refusals(report.all_refusals())))

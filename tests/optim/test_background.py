@@ -154,7 +154,7 @@ def test_what_cannot_be_compiled_leaves_eager_and_the_reason(backend: str, caplo
         assert any("was killed by SIG" in reason for reason in reasons)
 
 
-def test_a_process_that_is_killed_leaves_eager() -> None:
+def test_a_process_that_is_killed_leaves_eager(caplog: pytest.LogCaptureFixture) -> None:
     model = build("pt2test_hangs")
     assert model.background is not None
     runs = threading.Thread(target=model.background.run, args=(lambda change: change(),))
@@ -165,6 +165,7 @@ def test_a_process_that_is_killed_leaves_eager() -> None:
     runs.join()
     assert model.report.background == "failed"
     assert any("was killed by SIGKILL" in note for note in model.report.notes)
+    assert "buckets 1, 4 are served eager: compiling in the background failed" in caplog.text
     check(model)
 
 
