@@ -47,11 +47,15 @@ def entries() -> list[Path]:
     return sorted((default_folder() / "v1" / "entries").glob("*"))
 
 
+with torch.no_grad():
+    # Once, and not beside a background: an Mlp seeds the global generator, whose state Dynamo puts back as it traces.
+    RIGHT = {rows: models.Mlp().eval()(*models.features(rows)) for rows in (1, 2, 4, 7)}
+
+
 def check(model: CompiledModel) -> None:
-    for rows in (1, 2, 4, 7):
-        inputs = models.features(rows)
+    for rows, right in RIGHT.items():
         with torch.no_grad():
-            assert compare(model(*inputs), models.Mlp().eval()(*inputs)).max_abs < 1e-4
+            assert compare(model(*models.features(rows)), right).max_abs < 1e-4
 
 
 def call_until_done(model: CompiledModel) -> list[dict[str, str]]:
