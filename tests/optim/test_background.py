@@ -68,7 +68,7 @@ def call_until_done(model: CompiledModel) -> list[dict[str, str]]:
         changes.put((change, done))
         done.wait()
 
-    running = threading.Thread(target=model.background.run, args=(between_runs,))
+    running = threading.Thread(target=model.background.run, args=(between_runs,), daemon=True)
     running.start()
     seen = [model.report.engines()]
     while running.is_alive():
@@ -161,7 +161,7 @@ def test_what_cannot_be_compiled_leaves_eager_and_the_reason(backend: str, caplo
 def test_a_process_that_is_killed_leaves_eager(caplog: pytest.LogCaptureFixture) -> None:
     model = build("pt2test_hangs")
     assert model.background is not None
-    runs = threading.Thread(target=model.background.run, args=(lambda change: change(),))
+    runs = threading.Thread(target=model.background.run, args=(lambda change: change(),), daemon=True)
     runs.start()
     while not (children := _children()):
         pass
@@ -176,7 +176,7 @@ def test_a_process_that_is_killed_leaves_eager(caplog: pytest.LogCaptureFixture)
 def test_it_can_be_stopped() -> None:
     model = build("pt2test_hangs")
     assert model.background is not None
-    runs = threading.Thread(target=model.background.run, args=(lambda change: change(),))
+    runs = threading.Thread(target=model.background.run, args=(lambda change: change(),), daemon=True)
     runs.start()
     while not _children():
         pass
