@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import SERVABLES
-from benchmarks.changes import NAME, PATH, describe, under_load, wait_for
+from benchmarks.changes import NAME, PATH, describe, print_load, under_load, wait_for
 from benchmarks.load import Load, closed_loop
 from benchmarks.machine import describe_machine
 from benchmarks.servers import PORT, serve_run
@@ -75,12 +75,7 @@ def main() -> None:
     print(f"{options.workload}, {rate:.1f} requests/s, {options.threads} threads. {describe_machine()}\n")
     print("| state | s | requests | failed / wrong | p50 ms | p99 ms | slowest ms |\n|---|---|---|---|---|---|---|")
     for what, seconds, load in [*rows, *more]:
-        print(
-            f"| {what} | {seconds:.0f} | {len(load.taken)} | {len(load.failed)} / {load.wrong} | {load.ms(50):.1f} "
-            f"| {load.ms(99):.1f} | {max(load.taken) * 1e3:.0f} |"
-        )
-        if load.failed:
-            print(f"failed: {set(load.failed)}", file=sys.stderr)
+        print_load(what, seconds, load)
 
 
 if __name__ == "__main__":

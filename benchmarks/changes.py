@@ -138,6 +138,16 @@ def scale(operator: Operator, replicas: int) -> None:
     wait_for(lambda: operator.replicas() == (replicas, replicas))
 
 
+def print_load(what: str, seconds: float, load: Load, more: str = "") -> None:
+    """Print a load as a row of a table, and what failed of it to stderr."""
+    print(
+        f"| {what} | {seconds:.0f} | {len(load.taken)} | {len(load.failed)} / {load.wrong} | {load.ms(50):.1f} "
+        f"| {load.ms(99):.1f} | {max(load.taken) * 1e3:.0f} |{more}"
+    )
+    if load.failed:
+        print(f"failed: {set(load.failed)}", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workload", nargs="?", choices=SERVABLES, default="photos")
@@ -203,12 +213,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for what, seconds, load in rows:
         slow = sum(taken * 1e3 > 2 * usual for taken in load.taken)
-        print(
-            f"| {what} | {seconds:.0f} | {len(load.taken)} | {len(load.failed)} / {load.wrong} | {load.ms(50):.1f} "
-            f"| {load.ms(99):.1f} | {max(load.taken) * 1e3:.0f} | {slow} |"
-        )
-        if load.failed:
-            print(f"failed: {set(load.failed)}", file=sys.stderr)
+        print_load(what, seconds, load, f" {slow} |")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ class Background:
         try:
             told = [json.loads(line) for line in child.lines(None, _START_S)]
         finally:
+            self._child = None  # `stop` has nothing to end: the process's number may be another's soon
             child.stop()
         if not told:
             return f"its process {child.end}"
