@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from deployments.args import ModelArgs
-from deployments.deployment import make_deployment
 from deployments.driver import stop_serve_run_soon
-from optim.errors import ConfigError
+from deployments.priority import last_in_line_for_good
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -19,9 +18,22 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises RayServeException, the one error that Ray Serve reports without a traceback and without trying again;
     a `serve run` that has started its own Ray then ends.
     """
+    if _is_the_task_of_ray_serve():
+        last_in_line_for_good()
+    # Imported here, since importing torch takes seconds, during which requests to the version before are served.
+    from deployments.args import ModelArgs
+    from deployments.deployment import make_deployment
+    from optim.errors import ConfigError
+
     try:
         parsed = ModelArgs.parse(args)
     except ConfigError as error:
         stops = "; stopping `serve run`" if stop_serve_run_soon() else ""
         raise RayServeException(f"configuration error: {error}{stops}") from None
     return make_deployment(parsed).bind(parsed)
+
+
+def _is_the_task_of_ray_serve() -> bool:
+    """Return whether this process is the one in which Ray Serve builds an application, and which ends with that."""
+    name = ray.get_runtime_context().get_task_function_name() if ray.is_initialized() else None
+    return name is not None and name.endswith("build_serve_application")

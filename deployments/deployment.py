@@ -19,7 +19,7 @@ from deployments.host_pool import make_host_pool
 from deployments.http import make_app
 from deployments.metrics import ModelMetrics
 from deployments.model_thread import ModelThread, fail
-from deployments.priority import last_in_line, thread_last_in_line
+from deployments.priority import bring_forward_what_serves, last_in_line, thread_last_in_line
 from deployments.queue import Work
 from deployments.service import ModelService
 from deployments.sharing import ClusterShare
@@ -48,11 +48,12 @@ class ModelReplica:
         self._servable = args.make_servable()
         self._host_pool = make_host_pool(max(2, _own_resources(args)[1]))
         self._share = ClusterShare()
-        self._publishing: asyncio.Task[None] | None = None
+        self._looking_around: asyncio.Task[None] | None = None
         self._thread = ModelThread(args.name or "", self._metrics.record_batch)
         with last_in_line() as waits:
             logger.info("the start %s other processes", "gives way to" if waits else "does not give way to")
             self._model = await asyncio.wrap_future(self._thread.call(self._load))
+        await asyncio.to_thread(bring_forward_what_serves)
         self._metrics.record_report(self._model.report)
         self._admission = Admission(
             args.batching.max_queue,
@@ -174,8 +175,13 @@ class ModelReplica:
         if self._thread.failure is not None:
             raise RuntimeError(self._thread.failure)
         # Not waited for: a keeper that does not answer must not make this replica look ill.
-        if self._publishing is None or self._publishing.done():
-            self._publishing = asyncio.create_task(asyncio.to_thread(self._share.publish))
+        if self._looking_around is None or self._looking_around.done():
+            self._looking_around = asyncio.create_task(asyncio.to_thread(self._look_around))
+
+    def _look_around(self) -> None:
+        """Do what is due now and then."""
+        bring_forward_what_serves()  # those that Ray Serve has started since
+        self._share.publish()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP application; Ray Serve calls it when the replica is ready."""

@@ -7,6 +7,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from deployments.processes import arguments, parent
+
 #: Long enough for Ray to show the message, which comes through its controller's log.
 _DELAY_S = 2
 #: How long `serve run` may take to shut down.
@@ -33,13 +35,11 @@ def stop_serve_run_soon() -> bool:
 def _serve_run_above(raylet: int) -> int | None:
     """Return the process id of the raylet's parent if that is `serve run`; None elsewhere and off Linux."""
     try:
-        # The process' name, in parentheses, may hold spaces; the parent's id is the second field behind it.
-        parent = int(Path(f"/proc/{raylet}/stat").read_text().rpartition(")")[2].split()[1])
-        arguments = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        above = parent(raylet)
+        names = [Path(argument).name for argument in arguments(above) if argument]
     except (OSError, ValueError, IndexError):
         return None
-    names = [Path(argument).name for argument in arguments if argument]
     for first, second in itertools.pairwise(names):
         if first == "serve" and second == "run":
-            return parent
+            return above
     return None

@@ -1,19 +1,32 @@
-"""A replica that starts lets those that serve go first."""
+"""What starts lets what serves go first.
+
+`make serve` starts all of Ray nicer than what serves (where the system lets processes come back from there), so that
+also what Ray does before our code runs (an interpreter, its imports), and beside it, takes little from requests: a
+replica comes forward when it is ready, and with it Ray Serve's processes that requests pass through or replicas need.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
+from deployments.processes import children, title
+
 logger = logging.getLogger(__name__)
 #: How much nicer than usual a start is: a core that both want is then shared 9 to 1 (Linux's weights, sched(7)).
-_NICER = 10
+NICER = 10
+#: The environment variable that says how nice what serves is, where everything else of Ray is nicer.
+SERVING = "PT2_SERVE_NICENESS"
+#: Titles of what requests pass through (also while Ray Serve builds a new version: then in Python) and of what looks
+#: after replicas.
+_ON_THE_WAY = re.compile(r"ray::(ServeController|ProxyActor|HAProxyManager)\b")
 
 
 @contextmanager
@@ -23,11 +36,11 @@ def last_in_line() -> Iterator[bool]:
     It is not where the system would not let this process come back to its priority: Linux asks for CAP_SYS_NICE or
     RLIMIT_NICE. Only Linux has a priority for each thread; those started meanwhile inherit it.
     """
-    usual = os.getpriority(os.PRIO_PROCESS, 0)
-    if not _may_come_back(usual):
+    usual = int(os.environ.get(SERVING, os.getpriority(os.PRIO_PROCESS, 0)))
+    if not may_come_back(usual):
         yield False
         return
-    _set_all(usual + _NICER)
+    _set_all(usual + NICER)
     try:
         yield True
     finally:
@@ -41,11 +54,11 @@ def thread_last_in_line() -> Iterator[bool]:
     What this thread starts meanwhile inherits that, and is brought back to the process's priority at the end.
     """
     usual, own = os.getpriority(os.PRIO_PROCESS, os.getpid()), threading.get_native_id()
-    if not _may_come_back(usual):
+    if not may_come_back(usual):
         yield False
         return
     before = _threads()
-    os.setpriority(os.PRIO_PROCESS, own, usual + _NICER)
+    os.setpriority(os.PRIO_PROCESS, own, usual + NICER)
     try:
         yield True
     finally:
@@ -53,8 +66,31 @@ def thread_last_in_line() -> Iterator[bool]:
         _set_all(usual, but=before)
 
 
-def _may_come_back(usual: int) -> bool:
-    """Try it with a thread that does nothing else."""
+def bring_forward_what_serves() -> None:
+    """Give Ray Serve's processes on this node, if they started nicer, the priority of what serves.
+
+    They are found as children of the raylet whose child this process is; HAProxy is a child of one of them.
+    """
+    usual = os.environ.get(SERVING)
+    if usual is None or sys.platform != "linux":
+        return
+    families = children()
+    found = [process for process in families[os.getppid()] if _ON_THE_WAY.match(title(process))]
+    for process in found:
+        found += families[process]
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            if os.getpriority(os.PRIO_PROCESS, process) > int(usual):
+                _set_all(int(usual), process)
+
+
+def last_in_line_for_good() -> None:
+    """Let other processes go first from now on, if they do not yet: for a process that ends with what it does."""
+    if sys.platform == "linux" and SERVING not in os.environ:
+        _set_all(min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICER))
+
+
+def may_come_back(usual: int) -> bool:
+    """Return whether a process may return to a niceness; tried with a thread that does nothing else."""
     if sys.platform != "linux":
         return False
     found = []
@@ -74,14 +110,17 @@ def _may_come_back(usual: int) -> bool:
     return bool(found)
 
 
-def _threads() -> set[int]:
-    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+def _threads(process: int | None = None) -> set[int]:
+    try:
+        return {int(task.name) for task in Path(f"/proc/{process or os.getpid()}/task").iterdir()}
+    except FileNotFoundError:  # it has ended
+        return set()
 
 
-def _set_all(nice: int, but: Set[int] = frozenset()) -> None:
-    """Set the priority of every other thread of this process, also of those that start while it is done."""
+def _set_all(nice: int, process: int | None = None, but: Set[int] = frozenset()) -> None:
+    """Set the priority of every other thread of a process (this one), also of those that start while it is done."""
     done = set(but)
-    while new := _threads() - done:
+    while new := _threads(process) - done:
         for thread in new:
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.setpriority(os.PRIO_PROCESS, thread, nice)

@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from deployments.check import main as check
+from deployments.priority import NICER, SERVING, may_come_back
 
 _SCRIPT = Path(__file__).with_name("haproxy.sh")
 #: Ray Serve's own ports for HAProxy's statistics and metrics; taken where they are free.
@@ -37,9 +38,7 @@ def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str
         # The replica's event loop answers HTTP itself: a second loop beside it costs a hop between threads.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        # Ray makes its workers nicer than everything else (15), so whatever runs beside a replica comes before its
-        # model; with two model threads on two cores, each one that waits holds up the other.
-        "RAY_worker_niceness": "0",
+        **_niceness(environment),
         # Three missed checks replace a proxy that died: after 8 s, not 25.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         **environment,
@@ -66,6 +65,16 @@ def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str
     made["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_SCRIPT)
     made["PT2_SERVE_HAPROXY"] = program
     return made
+
+
+def _niceness(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return how much nicer than Ray its workers are to be, and, if Ray is, how nice what serves is (priority.py)."""
+    # Ray makes its workers nicer than everything else (15), so whatever runs beside a replica comes before its model;
+    # with two model threads on two cores, each one that waits holds up the other.
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    if "RAY_worker_niceness" in environment or not may_come_back(usual):
+        return {"RAY_worker_niceness": "0"}
+    return {"RAY_worker_niceness": "0", SERVING: str(usual)}
 
 
 def _find_haproxy() -> str | None:
@@ -114,6 +123,8 @@ def main(arguments: list[str]) -> int:
     port = (config.get("http_options") or {}).get("port", 8000)
     program = Path(sys.executable).with_name("serve")
     environment = make_environment(port, os.environ)
+    if SERVING in environment:  # Ray's own processes inherit it, and its workers
+        os.setpriority(os.PRIO_PROCESS, 0, int(environment[SERVING]) + NICER)
     os.execve(program, [str(program), "run", path, *rest], environment)
 
 
