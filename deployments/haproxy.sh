@@ -1,10 +1,33 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it, with what it leaves open closed first. `make serve` names this script in
-# RAY_SERVE_HAPROXY_BINARY_PATH, and the real program in PT2_SERVE_HAPROXY.
+# HAProxy as Ray Serve starts it, with what it leaves open closed first, and with the servers that it forgets. `make
+# serve` names this script in RAY_SERVE_HAPROXY_BINARY_PATH, and the real program in PT2_SERVE_HAPROXY.
 #
 # The configuration that Ray Serve 2.60 writes binds its statistics page and its metrics on all interfaces, and makes its
 # admin socket writable for every user of the machine; there is no setting for either.
+#
+# And while Ray Serve builds a new version of an application, it does not know the replicas of the one that serves: the
+# configuration has a backend without servers, and every request takes the long way through the Python proxy (issue 5:
+# four times the p99). So where a backend has lost all its servers, those of the configuration before stay. HAProxy asks
+# each whether it is well, as always: a replica that drains or has gone says no, and then the Python proxy is asked. An
+# address that the new configuration gives to something else is not kept.
 set -eu
+
+keep_servers() {
+    awk '
+        $1 ~ /^(backend|frontend|listen|defaults|global)$/ { section = $2 }
+        NR == FNR { if ($1 == "server" && / check/ && !/ backup/) before[section] = before[section] $0 "\n"; next }
+        { line[FNR] = $0; within[FNR] = section; last = FNR }
+        $1 == "server" && !/ backup/ { found[section] = 1; taken[$3] = 1 }
+        END {
+            for (i = 1; i <= last; i++) {
+                if (line[i] ~ / check backup/ && !found[within[i]]) {
+                    kept = split(before[within[i]], old, "\n")
+                    for (k = 1; k < kept; k++) { split(old[k], part, " "); if (!taken[part[3]]) print old[k] }
+                }
+                print line[i]
+            }
+        }' "$1" "$2"
+}
 
 config=""
 previous=""
@@ -15,6 +38,11 @@ done
 if [ -n "$config" ]; then
     sed -e 's/^\( *bind \)[*]\{0,1\}:\([0-9]*\)$/\1127.0.0.1:\2/' -e '/^ *stats socket /s/ mode 666 / mode 600 /' \
         "$config" > "$config.closed"
+    if [ -f "$config.before" ] && command -v awk > /dev/null; then
+        keep_servers "$config.before" "$config.closed" > "$config.kept"
+        mv "$config.kept" "$config.closed"
+    fi
+    cp "$config.closed" "$config.before"
     mv "$config.closed" "$config"
     if grep -Eq '^ *bind ([*]?:[0-9]+( |$)|\[::\]:)|^ *stats socket .* mode 666 ' "$config"; then
         echo "haproxy.sh: $config still opens something to everybody; not started" >&2
