@@ -42,7 +42,8 @@ if [ -n "$config" ]; then
         keep_servers "$config.before" "$config.closed" > "$config.kept"
         mv "$config.kept" "$config.closed"
     fi
-    cp "$config.closed" "$config.before"
+    cp "$config.closed" "$config.kept"
+    mv "$config.kept" "$config.before"
     mv "$config.closed" "$config"
     if grep -Eq '^ *bind ([*]?:[0-9]+( |$)|\[::\]:)|^ *stats socket .* mode 666 ' "$config"; then
         echo "haproxy.sh: $config still opens something to everybody; not started" >&2

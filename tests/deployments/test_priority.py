@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 
-from deployments.priority import last_in_line, thread_last_in_line
+from deployments.priority import NICER, SERVING, bring_forward_what_serves, last_in_line, thread_last_in_line
+from deployments.processes import children
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority for each thread")
 
@@ -89,3 +92,75 @@ def test_where_there_is_no_way_back_nothing_changes(monkeypatch: pytest.MonkeyPa
     with last_in_line() as steps_back:
         assert not steps_back
         assert set(niceness().values()) == {usual}
+
+
+@pytest.fixture
+def workers() -> Iterator[dict[str, int]]:
+    """Start processes that are called as Ray's are, all of them nicer; this process stands for the raylet."""
+    program = "import os, time; os.setpriority(os.PRIO_PROCESS, 0, {}); os.execv('/bin/sh', ['{}', '-c', '{}'])"
+    commands = {
+        "ray::ProxyActor.receive": "echo; read line",
+        "ray::HAProxyManager": "(echo; read line) & echo; read line",
+        "ray::IDLE": "echo; read line",
+    }
+    nice = os.getpriority(os.PRIO_PROCESS, 0) + NICER
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", program.format(nice, name, command)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for name, command in commands.items()
+    }
+    for name, process in started.items():
+        assert process.stdout is not None
+        for _ in range(commands[name].count("echo")):
+            process.stdout.readline()
+    yield {name: process.pid for name, process in started.items()}
+    for process in started.values():
+        process.communicate()
+
+
+def test_what_requests_pass_through_comes_forward(workers: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    below = [child for pid in workers.values() for child in children()[pid]]
+    processes = [*workers.values(), *below]
+    assert len(processes) == 4
+
+    def found() -> list[int]:
+        return [os.getpriority(os.PRIO_PROCESS, process) - usual for process in processes]
+
+    monkeypatch.delenv(SERVING, raising=False)
+    bring_forward_what_serves()
+    assert found() == [NICER] * 4
+    monkeypatch.setenv(SERVING, str(usual))
+    with last_in_line() as may_come_back:
+        if not may_come_back:
+            pytest.skip("this process may not raise its priority again")
+    bring_forward_what_serves()
+    assert found() == [0, 0, NICER, 0], "what is idle stays where it is, HAProxy comes forward with its manager"
+
+
+def run_nicer(program: str, **environment: str) -> int:
+    """Return how much nicer than this process a Python program ends that starts nicer by 5."""
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    program = f"import os; os.nice(5); {program}; print(os.getpriority(os.PRIO_PROCESS, 0))"
+    env = {**{name: value for name, value in os.environ.items() if name != SERVING}, **environment}
+    return int(subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, check=True).stdout) - usual
+
+
+def test_a_replica_that_started_nicer_comes_forward_when_it_is_ready() -> None:
+    start = "from deployments.priority import last_in_line\nwith last_in_line() as may: pass\nif not may: exit(1)"
+    start = f"exec({start!r})"
+    try:
+        assert run_nicer(start) == 5
+    except subprocess.CalledProcessError:
+        pytest.skip("this process may not raise its priority again")
+    assert run_nicer(start, **{SERVING: str(os.getpriority(os.PRIO_PROCESS, 0))}) == 0
+
+
+def test_a_build_gives_way_once() -> None:
+    build = "from deployments.priority import last_in_line_for_good; last_in_line_for_good()"
+    assert run_nicer(build) == 5 + NICER
+    assert run_nicer(build, **{SERVING: "0"}) == 5, "where all of Ray gives way, a build is no slower than the rest"

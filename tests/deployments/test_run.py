@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from deployments import run
+from deployments.priority import SERVING
 from deployments.run import main, make_environment
 
 SCRIPT = Path(__file__).parents[2] / "deployments" / "haproxy.sh"
@@ -50,6 +52,18 @@ def test_what_the_caller_has_set_stays(temporary: Path) -> None:
     assert list(temporary.iterdir()) == [temporary / f"pt2-serve-{os.getuid()}"]
 
 
+def test_ray_gives_way_to_what_serves_only_where_that_can_come_forward(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = make_environment(8123, {"RAY_worker_niceness": "7"})
+    assert (own["RAY_worker_niceness"], SERVING in own) == ("7", False)
+    for may_come_back in (True, False):
+        monkeypatch.setattr(run, "may_come_back", lambda usual, may=may_come_back: may)
+        found = make_environment(8123, {})
+        assert found["RAY_worker_niceness"] == "0"
+        assert found.get(SERVING) == (str(os.getpriority(os.PRIO_PROCESS, 0)) if may_come_back else None)
+
+
 def run_script(config: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PT2_SERVE_HAPROXY": "/bin/cat"}
     return subprocess.run([SCRIPT, "-f", str(config)], env=env, capture_output=True, text=True, check=False)
@@ -73,6 +87,43 @@ def test_the_script_closes_what_ray_serve_leaves_open(tmp_path: Path) -> None:
         done = run_script(config)
         assert done.returncode == 1
         assert "still opens something to everybody; not started" in done.stderr
+
+
+BACKENDS = """backend http-a
+    option httpchk GET /-/healthz
+    server A1 127.0.0.1:30001 check observe layer4
+    server A2 127.0.0.1:30002 check
+    # Fallback to head node's Serve proxy
+    server proxy 127.0.0.1:8500 check backup
+backend http-b
+    server B1 127.0.0.1:30003 check
+    server proxy 127.0.0.1:8500 check backup
+"""
+
+
+def test_a_backend_that_has_lost_its_servers_keeps_those_it_had(tmp_path: Path) -> None:
+    config = tmp_path / "haproxy.cfg"
+
+    def write(text: str) -> str:
+        config.write_text(text)
+        run_script(config)
+        return config.read_text()
+
+    lines = BACKENDS.splitlines(keepends=True)
+    building = "".join(line for line in lines if "server A" not in line)
+    assert write(building) == building, "nothing was there before"
+    assert write(BACKENDS) == BACKENDS
+    for _ in range(2):  # Ray Serve writes it more than once in a build
+        kept = write(building)
+        assert sorted(kept.splitlines()) == sorted(BACKENDS.splitlines())
+        assert kept.index("server A2") < kept.index("server proxy") < kept.index("backend http-b")
+    next_version = BACKENDS.replace("A1 127.0.0.1:30001", "A3 127.0.0.1:30004").replace(lines[3], "")
+    assert write(next_version) == next_version
+    taken = building.replace("B1 127.0.0.1:30003", "B2 127.0.0.1:30004")
+    assert write(taken) == taken, "the address is another application's now"
+    gone = "".join(lines[6:])
+    assert write(BACKENDS) == BACKENDS and write(gone) == gone
+    assert write(building) == building, "an application that was removed has nothing to keep"
 
 
 def test_a_mistake_ends_it_before_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

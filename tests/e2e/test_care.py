@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from deployments.priority import NICER, may_come_back
+from deployments.processes import children, parent, title
 from tests.e2e.conftest import JSON, ROW, Server, describe, pid_of, steady_requests
 
 pytestmark = [
@@ -70,3 +74,22 @@ def test_a_hot_change_restarts_nothing_and_fails_no_request(server: Server) -> N
         assert "user_config.batch_sizes: [1] is not allowed" in server.log.read_text()
     assert {answer.status for answer in answers} == {200}
     assert pid_of(server, "tiny") == first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority for each thread")
+def test_what_serves_comes_before_the_rest_of_ray(server: Server) -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    if not may_come_back(usual):
+        pytest.skip("this process may not raise its priority again")
+    replica = pid_of(server, "tiny")
+    assert replica is not None
+    families = children()
+    raylet = parent(replica)
+    names = ("ray::ProxyActor", "ray::HAProxyManager", "ray::ServeController")
+    serving = [child for child in families[raylet] if title(child).startswith(names)]
+    assert len(serving) == len(names)
+    serving += [replica, *(below for child in serving for below in families[child])]
+    assert len(serving) > len(names) + 1, "HAProxy is a child of its manager"
+    threads = [int(thread) for process in serving for thread in os.listdir(f"/proc/{process}/task")]
+    assert {os.getpriority(os.PRIO_PROCESS, thread) - usual for thread in threads} == {0}
+    assert os.getpriority(os.PRIO_PROCESS, raylet) - usual == NICER

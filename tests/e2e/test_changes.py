@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.conftest import Answer, Server, describe, pid_of, steady_requests
+from tests.e2e.conftest import Answer, Server, describe, haproxy_folder, pid_of, steady_requests
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -25,6 +28,31 @@ def version_of(server: Server, name: str) -> str:
     return str(found["modelVersion"])
 
 
+@contextmanager
+def replicas_haproxy_knows(server: Server, name: str) -> Iterator[list[int]]:
+    """Yield how many replicas of an application HAProxy is told of: a number for each configuration it is given."""
+    stop, found = threading.Event(), []
+    config = next(haproxy_folder(server.port).rglob("haproxy.cfg.before"))
+
+    def watch() -> None:
+        seen = 0.0
+        while not stop.wait(0.02):
+            changed = config.stat().st_mtime
+            if changed == seen:
+                continue
+            seen = changed
+            (section,) = re.findall(rf"^backend \S*{name}\n((?:[ \n].*\n?)*)", config.read_text(), re.MULTILINE)
+            found.append(len(re.findall(r"^ *server (?!.* backup).* check", section, re.MULTILINE)))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
 def replicas_of(answers: list[Answer], last: int) -> set[int | None]:
     """Return the processes that the last answers are from."""
     return {answer.pid for answer in answers[-last:]}
@@ -32,7 +60,7 @@ def replicas_of(answers: list[Answer], last: int) -> set[int | None]:
 
 def test_a_new_version_takes_over_and_a_broken_one_does_not(server: Server) -> None:
     old = pid_of(server, "rolling")
-    with steady_requests(server, "rolling") as answers:
+    with steady_requests(server, "rolling") as answers, replicas_haproxy_knows(server, "rolling") as known:
         server.change("rolling", args={"version": "2"})
         wait_for(lambda: replicas_of(answers, 200).isdisjoint({old}), server)
         assert version_of(server, "rolling") == "2"
@@ -47,6 +75,7 @@ def test_a_new_version_takes_over_and_a_broken_one_does_not(server: Server) -> N
         assert replicas_of(answers, 200) == {new}
         assert version_of(server, "rolling") == "2"
     assert {answer.status for answer in answers} == {200}
+    assert len(known) > 1 and min(known) > 0, "HAProxy always had a replica to ask, also while Ray Serve built the next"
 
 
 def test_a_version_that_compiles_behind_its_back_moves_over_without_a_gap(server: Server) -> None:
