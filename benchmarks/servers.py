@@ -56,16 +56,14 @@ class Server:
                 total += process.memory_full_info().pss
         return total / 1e6
 
-    def observed(self, histogram: str) -> tuple[int, float]:
-        """Return how often Ray's histogram was observed, and about its mean: Ray sums the middles of its buckets."""
-        found = Path(self.log.parent / "ray" / "prom_metrics_service_discovery.json")
-        targets = [target for group in json.loads(found.read_text()) for target in group["targets"]]
+    def total(self, metric: str, *labels: str) -> int:
+        """Return the sum over a metric of Ray's, of those lines that have these labels."""
+        folder = self.log.parent / "ray"
+        groups = json.loads((folder / "prom_metrics_service_discovery.json").read_text())
+        targets = [target for group in groups for target in group["targets"]]
         text = "".join(urllib.request.urlopen(f"http://{t}/metrics", timeout=10).read().decode() for t in targets)
-        total, count = (
-            sum(float(v) for v in re.findall(rf"^ray_{histogram}_{part}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
-            for part in ("sum", "count")
-        )
-        return int(count), total / max(count, 1)
+        found = re.findall(rf"^ray_{metric}({{.*}})? (\S+)$", text, re.MULTILINE)
+        return int(sum(float(value) for line, value in found if all(label in line for label in labels)))
 
     def wait(self, path: str, payload: bytes, deadline_s: float = 600) -> None:
         """Wait until a request is answered; RuntimeError with the log where the server ends before."""

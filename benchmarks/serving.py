@@ -87,7 +87,7 @@ class Found:
     """By share of the rate at the clients of `--capacity`."""
     memory_mb: float
     batches: tuple[float, float] | None = None
-    """Requests a run, and about the share that was padding; ours only."""
+    """Requests a run, and the share of all that ran that was padding, in tokens; ours only."""
 
 
 def measure(workload: Workload, server: Server, path: str, options: argparse.Namespace, *, is_ours: bool) -> Found:
@@ -107,9 +107,9 @@ def measure(workload: Workload, server: Server, path: str, options: argparse.Nam
     found.memory_mb = server.memory_mb()
     if is_ours:
         time.sleep(12)  # Ray's metrics are that late
-        runs, padding = server.observed("pt2_padding_fraction")
-        waits, _ = server.observed("pt2_queue_wait_ms")
-        found.batches = (waits / max(runs, 1), padding)
+        requests, runs = (server.total(f"{name}_count") for name in ("pt2_queue_wait_ms", "pt2_run_ms"))
+        padding, ran = server.total("pt2_tokens_total", 'kind="padding"'), server.total("pt2_tokens_total")
+        found.batches = (requests / max(runs, 1), padding / max(ran, 1))
     return found
 
 
@@ -167,7 +167,7 @@ def print_closed(workload: Workload, found: dict[str, list[Found]], clients: lis
         memory = statistics.median(r.memory_mb for r in rounds)
         print(f"| {system} | {' | '.join(cells)} | {memory:.0f} | {bad} |", flush=True)
     for requests, padding in (r.batches for r in found[OURS] if r.batches):
-        print(f"\n{OURS}: {requests:.2f} requests a run, about {100 * padding:.0f} % of a run padding, over all loads")
+        print(f"\n{OURS}: {requests:.2f} requests a run, {100 * padding:.0f} % of what ran padding, over all loads")
 
 
 def print_open(found: dict[str, list[Found]], shares: list[float]) -> None:

@@ -19,13 +19,20 @@ class BatchRecord:
     """One run of the model, for metrics."""
 
     rows: int
-    padding: float
-    """The share of what ran that was padding, 0 to 1; in tokens where there are lengths."""
+    tokens: int
+    """What was asked for: tokens, or rows where there is no length."""
+    tokens_run: int
+    """What ran: the same and the padding."""
     waits_s: tuple[float, ...]
     """How long each request waited for the run."""
     run_s: float
     on_stream: bool = False
     """Whether it ran on a share of the threads, others beside it."""
+
+    @property
+    def padding(self) -> float:
+        """The share of what ran that was padding, 0 to 1."""
+        return 1 - self.tokens / self.tokens_run
 
 
 def run_together(group: Sequence[Queued], model: CompiledModel) -> list[Any]:
@@ -54,13 +61,14 @@ def run_together(group: Sequence[Queued], model: CompiledModel) -> list[Any]:
     return outputs
 
 
-def padding_of(group: Sequence[Queued], model: CompiledModel) -> float:
-    """Return the share of a run that was padding."""
+def count_tokens(group: Sequence[Queued], model: CompiledModel) -> tuple[int, int]:
+    """Return the tokens of a run that were asked for, and those that ran; rows where there is no length."""
     items = [queued.item for queued in group if queued.item]
-    if len(items) < len(group):
-        return 0.0
-    ran = model.size_run(sum(item.rows for item in items), max(item.length for item in items))
-    return 1 - sum(item.rows * max(item.length, 1) for item in items) / ran
+    if len(items) < len(group):  # of no size that the model knows: run as they are
+        rows = sum(queued.work.rows for queued in group)
+        return rows, rows
+    asked = sum(item.rows * max(item.length, 1) for item in items)
+    return asked, model.size_run(sum(item.rows for item in items), max(item.length for item in items))
 
 
 def _move(inputs: Inputs, device: torch.device) -> Inputs:

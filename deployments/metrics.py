@@ -34,6 +34,11 @@ class ModelMetrics:
         self._padding = Histogram(
             "pt2_padding_fraction", "Share of each run that was padding, 0 to 1.", boundaries=_SHARES, **tags
         )
+        self._tokens = Counter(
+            "pt2_tokens_total",
+            "Tokens that ran (rows, where there is no length), by kind: asked for, or padding.",
+            tag_keys=("model", "kind"),  # type: ignore[arg-type]
+        )
         self._eager_buckets = Gauge(
             "pt2_eager_buckets", "Buckets served eager although they were compiled for.", **tags
         )
@@ -65,6 +70,7 @@ class ModelMetrics:
             self._run_ms,
             self._wait_ms,
             self._padding,
+            self._tokens,
             self._eager_buckets,
             self._compilations,
             self._fallbacks,
@@ -80,6 +86,9 @@ class ModelMetrics:
         self._batch_rows.observe(batch.rows)
         self._run_ms.observe(batch.run_s * 1e3)
         self._padding.observe(batch.padding)
+        self._tokens.inc(batch.tokens, tags={"kind": "asked"})
+        if batch.tokens_run > batch.tokens:  # Ray refuses to count 0
+            self._tokens.inc(batch.tokens_run - batch.tokens, tags={"kind": "padding"})
         if batch.on_stream:
             self._stream_runs.inc()
         for wait_s in batch.waits_s:

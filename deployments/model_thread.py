@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from deployments.batch import BatchRecord, padding_of, run_together
+from deployments.batch import BatchRecord, count_tokens, run_together
 from deployments.errors import DeadlineExceeded, ModelFailed, NotReady
 from deployments.queue import Queued, RequestQueue, Work
 from optim import CompiledModel, is_device_error
@@ -241,7 +241,8 @@ class ModelThread:
             waits = tuple(started - work.queued_at for work in works)
             rows = sum(work.rows for work in works)
             try:
-                self._on_batch(BatchRecord(rows, padding_of(group, model), waits, run_s, model is not self._model))
+                asked, ran = count_tokens(group, model)
+                self._on_batch(BatchRecord(rows, asked, ran, waits, run_s, model is not self._model))
             except Exception:  # a metric that cannot be written must not stop the model
                 logger.exception("a run could not be counted")
 

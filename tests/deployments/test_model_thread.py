@@ -219,6 +219,14 @@ def test_texts_of_any_length_get_their_own_answers(
     assert texts == [(2, 30), (4, 5), (1, 40), (2, 32), (1, 8)]
     thread.call(lambda: None).result()
     assert sum(len(record.waits_s) for record in records) == len(works)
+    # Eager runs a group at its longest, so that is all the padding there is.
+    assert [(record.tokens, record.tokens_run) for record in records] == [
+        (30 + 16, 2 * 30),
+        (3 + 5 + 2 + 1, 4 * 5),
+        (40, 40),
+        (32 + 31, 2 * 32),
+        (8, 8),
+    ]
 
 
 def test_the_oldest_request_never_waits_for_better_fitting_ones(
