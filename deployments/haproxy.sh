@@ -6,10 +6,10 @@
 # admin socket writable for every user of the machine; there is no setting for either.
 #
 # And while Ray Serve builds a new version of an application, it does not know the replicas of the one that serves: the
-# configuration has a backend without servers, and every request takes the long way through the Python proxy (issue 5:
-# four times the p99). So where a backend has lost all its servers, those of the configuration before stay. HAProxy asks
-# each whether it is well, as always: a replica that drains or has gone says no, and then the Python proxy is asked. An
-# address that the new configuration gives to something else is not kept.
+# configuration has a backend without servers, and every request takes the long way through the Python proxy (issue 5;
+# README, "The hop": five times the CPU time). So where a backend has lost all its servers, those of the configuration
+# before stay. HAProxy asks each whether it is well, as always: a replica that drains or has gone says no, and then the
+# Python proxy is asked. An address that the new configuration gives to something else is not kept.
 set -eu
 
 keep_servers() {

@@ -72,7 +72,7 @@ def bring_forward_what_serves() -> None:
     They are found as children of the raylet whose child this process is; HAProxy is a child of one of them.
     """
     usual = os.environ.get(SERVING)
-    if usual is None or sys.platform != "linux":
+    if usual is None or not may_come_back(int(usual)):
         return
     families = children()
     found = [process for process in families[os.getppid()] if _ON_THE_WAY.match(title(process))]
