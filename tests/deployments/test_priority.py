@@ -100,7 +100,7 @@ def workers() -> Iterator[dict[str, int]]:
     program = "import os, time; os.setpriority(os.PRIO_PROCESS, 0, {}); os.execv('/bin/sh', ['{}', '-c', '{}'])"
     commands = {
         "ray::ProxyActor.receive": "echo; read line",
-        "ray::HAProxyManager": "(echo; read line) & echo; read line",
+        "ray::HAProxyManager": "exec 3<&0; (echo; read line <&3) & echo; read line",
         "ray::IDLE": "echo; read line",
     }
     nice = os.getpriority(os.PRIO_PROCESS, 0) + NICER
