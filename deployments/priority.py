@@ -74,11 +74,10 @@ def bring_forward_what_serves() -> None:
     usual = os.environ.get(SERVING)
     if usual is None or not may_come_back(int(usual)):
         return
-    families = children()
-    found = [process for process in families[os.getppid()] if _ON_THE_WAY.match(title(process))]
+    found = [process for process in children(os.getppid()) if _ON_THE_WAY.match(title(process))]
     for process in found:
-        found += families[process]
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            found += children(process)
             if os.getpriority(os.PRIO_PROCESS, process) > int(usual):
                 _set_all(int(usual), process)
 

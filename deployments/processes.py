@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -13,16 +11,11 @@ def parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def children() -> Mapping[int, list[int]]:
-    """Return every process's children, by id; none for what has none."""
-    found: dict[int, list[int]] = defaultdict(list)
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                found[parent(int(folder.name))].append(int(folder.name))
-            except (OSError, IndexError):  # it has ended
-                continue
-    return found
+def children(process: int) -> list[int]:
+    """Return the ids of a process's children; OSError where there is none such, or the kernel does not list them."""
+    # Not by looking at every process of the machine for its parent: replicas do this every few seconds.
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def arguments(process: int) -> list[str]:

@@ -20,6 +20,7 @@ import yaml
 
 from deployments.check import main as check
 from deployments.priority import NICER, SERVING, may_come_back
+from deployments.processes import children
 
 _SCRIPT = Path(__file__).with_name("haproxy.sh")
 #: Ray Serve's own ports for HAProxy's statistics and metrics; taken where they are free.
@@ -72,9 +73,18 @@ def _niceness(environment: Mapping[str, str]) -> dict[str, str]:
     # Ray makes its workers nicer than everything else (15), so whatever runs beside a replica comes before its model;
     # with two model threads on two cores, each one that waits holds up the other.
     usual = os.getpriority(os.PRIO_PROCESS, 0)
-    if "RAY_worker_niceness" in environment or not may_come_back(usual):
+    if "RAY_worker_niceness" in environment or not may_come_back(usual) or not _lists_children():
         return {"RAY_worker_niceness": "0"}
     return {"RAY_worker_niceness": "0", SERVING: str(usual)}
+
+
+def _lists_children() -> bool:
+    """Return whether the kernel lists a process's children: what serves is found among the raylet's."""
+    try:
+        children(os.getpid())
+    except OSError:
+        return False
+    return True
 
 
 def _find_haproxy() -> str | None:

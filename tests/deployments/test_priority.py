@@ -97,7 +97,7 @@ def test_where_there_is_no_way_back_nothing_changes(monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def workers() -> Iterator[dict[str, int]]:
     """Start processes that are called as Ray's are, all of them nicer; this process stands for the raylet."""
-    program = "import os, time; os.setpriority(os.PRIO_PROCESS, 0, {}); os.execv('/bin/sh', ['{}', '-c', '{}'])"
+    program = "import os; os.setpriority(os.PRIO_PROCESS, 0, {}); os.execv('/bin/sh', ['{}', '-c', '{}'])"
     commands = {
         "ray::ProxyActor.receive": "echo; read line",
         "ray::HAProxyManager": "exec 3<&0; (echo; read line <&3) & echo; read line",
@@ -124,7 +124,7 @@ def workers() -> Iterator[dict[str, int]]:
 def test_what_requests_pass_through_comes_forward(workers: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     monkeypatch.setattr(os, "getppid", os.getpid)
-    below = [child for pid in workers.values() for child in children()[pid]]
+    below = [child for pid in workers.values() for child in children(pid)]
     processes = [*workers.values(), *below]
     assert len(processes) == 4
 

@@ -83,12 +83,11 @@ def test_what_serves_comes_before_the_rest_of_ray(server: Server) -> None:
         pytest.skip("this process may not raise its priority again")
     replica = pid_of(server, "tiny")
     assert replica is not None
-    families = children()
     raylet = parent(replica)
     names = ("ray::ProxyActor", "ray::HAProxyManager", "ray::ServeController")
-    serving = [child for child in families[raylet] if title(child).startswith(names)]
+    serving = [child for child in children(raylet) if title(child).startswith(names)]
     assert len(serving) == len(names)
-    serving += [replica, *(below for child in serving for below in families[child])]
+    serving += [replica, *(below for child in serving for below in children(child))]
     assert len(serving) > len(names) + 1, "HAProxy is a child of its manager"
     threads = [int(thread) for process in serving for thread in os.listdir(f"/proc/{process}/task")]
     assert {os.getpriority(os.PRIO_PROCESS, thread) - usual for thread in threads} == {0}
