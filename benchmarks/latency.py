@@ -28,6 +28,7 @@ from benchmarks.servers import PORT, serve_run
 from benchmarks.workloads import Workload, make_payloads
 
 NAME = "bench"
+_IDLE_S = 10.0
 
 
 def model_args(workload: str, threads: int, budget_s: float) -> dict[str, Any]:
@@ -76,21 +77,28 @@ def directly(workload: str, options: argparse.Namespace, cache: Path) -> dict[st
     return found
 
 
-def served(workload: str, options: argparse.Namespace, cache: Path) -> tuple[Load, Load]:
-    """Return one client's load on the model, and on one that does nothing."""
+def served(workload: str, options: argparse.Namespace, cache: Path) -> tuple[Load, Load, Load | None]:
+    """Return one client's load on the model, on one that does nothing, and on the model under `options.against`."""
+    model, environment = model_args(workload, options.threads, options.budget_s), {"XDG_CACHE_HOME": str(cache)}
     work = Workload.make(workload)
     torch.set_num_threads(1)
-    loads = []
-    applications = (model_args(workload, options.threads, options.budget_s), NOTHING)
-    for args in applications:
+
+    def ask(args: dict[str, Any], environment: dict[str, str]) -> Load:
         path = f"/predictions/{args['name']}"
         check = work.check if args is not NOTHING else lambda index, body: True
-        application = {"import_path": "deployments.app:build", "args": args}
-        with serve_run(application, {"XDG_CACHE_HOME": str(cache)}) as server:
+        with serve_run({"import_path": "deployments.app:build", "args": args}, environment) as server:
             server.wait(path, work.payloads[0])
             closed_loop(PORT, path, work.payloads, check, 1, 3.0)
-            loads.append(closed_loop(PORT, path, work.payloads, check, 1, options.seconds))
-    return loads[0], loads[1]
+            if options.against and args is not NOTHING:
+                before = server.cpu_s()
+                time.sleep(_IDLE_S)
+                settings = " ".join(options.against) if environment.keys() & against.keys() else "make serve"
+                print(f"{settings}: {(server.cpu_s() - before) / _IDLE_S:.3f} cores without requests", file=sys.stderr)
+            return closed_loop(PORT, path, work.payloads, check, 1, options.seconds)
+
+    against = dict(setting.split("=", 1) for setting in options.against)
+    other = ask(model, {**environment, **against}) if against else None
+    return ask(model, environment), ask(NOTHING, environment), other
 
 
 def main() -> None:
@@ -100,6 +108,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--budget-s", type=float, default=30.0)
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="serve under this environment too; watch both idle",
+    )
     parser.add_argument("--direct", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.direct:
@@ -109,14 +124,16 @@ def main() -> None:
     print("| requests | directly (read, model, answer) | the hop | served | served less hop is | failed / wrong |")
     print("|---|---|---|---|---|---|")
     for workload in options.workloads or SERVABLES:
-        rounds = []
+        rounds, others = [], []
         with tempfile.TemporaryDirectory(prefix="bench-cache-") as folder:
             cache = Path(folder)
             for _ in range(options.rounds):
                 alone = directly(workload, options, cache)
-                load, hop = served(workload, options, cache)
+                load, hop, other = served(workload, options, cache)
                 rounds.append((alone, hop, load))
                 print(f"{workload}: {alone}, hop {hop.ms(50):.2f}, served {load.ms(50):.2f}", file=sys.stderr)
+                if other is not None:
+                    others.append(other)
         read, model, answer, whole = (
             statistics.median(alone[part] for alone, _, _ in rounds) for part in ("read", "model", "answer", "all")
         )
@@ -128,6 +145,9 @@ def main() -> None:
             f"| **{(served_ms - hop_ms) / whole:.2f}x** | {bad} |",
             flush=True,
         )
+        if others:
+            other_ms = statistics.median(load.ms(50) for load in others)
+            print(f"\nUnder {' '.join(options.against)}, {workload}: {other_ms:.2f} ms", flush=True)
 
 
 if __name__ == "__main__":

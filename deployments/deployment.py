@@ -170,7 +170,7 @@ class ModelReplica:
     async def check_health(self) -> None:
         """Fail where the model thread is dead or its device broken: Ray then replaces the replica."""
         self._metrics.record_after_ready(self._model.report.after_ready)
-        if self._model.background is not None:
+        if self._model.report.background in ("compiling", "moving"):
             self._metrics.record_report(self._model.report)
         if self._thread.failure is not None:
             raise RuntimeError(self._thread.failure)

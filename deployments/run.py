@@ -40,6 +40,11 @@ def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         **_niceness(environment),
+        # What Ray does when nothing happens takes the cores from a model whose threads wait for each other. Its
+        # controller looks ten times a second whether there is something to do, and asks the GCS; its log monitor as
+        # often which log files there are, where there are more than so many, else twice a second (README, "The hop").
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
         # Three missed checks replace a proxy that died: after 8 s, not 25.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         **environment,

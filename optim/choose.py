@@ -24,7 +24,7 @@ from optim.plan import BadPlan, Plan
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport, Refusal
 from optim.share import KEY_VARIABLE, Exchange, Share, ShareUnusable, UriShare
-from optim.start import Start, clock
+from optim.start import Built, Start, clock
 from optim.streams import Streams
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,9 @@ def choose(
             return Outcome(*start.start_cold(choice.names, folder))
     key = key_of(made_for)
     exchange = Exchange(cache, key, [*shares, *_open_uri(job, report)], report)
+    todo = PutOff(cache, key, made_for, exchange, streams, streams_must_pay)
     if job.config.compile.when == "background":
         if job.info.device.type == "cpu":
-            todo = PutOff(cache, key, made_for, exchange, streams, streams_must_pay)
             outcome = _start_at_once(start, todo, job, reference, report)
         else:
             outcome = None
@@ -88,18 +88,13 @@ def choose(
                 with clock(report, "share"):
                     path = exchange.adopt()
             if path is None:
-                with _turn(cache, job, report), _folder() as folder:
-                    built = start.start_cold(choice.names, folder)
-                    path = _keep(cache, key, folder, Plan.of(report, made_for), report)
+                built, path = _race(start, choice.names, cache, key, made_for, job, report)
                 exchange.offer(path)
                 break
-            try:
-                built = start.start_warm(Plan.load(path, made_for), path)
-                exchange.offer(path)
+            kept = _start_by_plan(start, todo, path)
+            if kept is not None:
+                built = kept
                 break
-            except BadPlan as reason:
-                cache.reject(key, str(reason))
-                start.begin_again()
     else:
         with _turn(cache, job, report), _folder() as folder:
             built = start.start_cold(choice.names, folder)
@@ -116,14 +111,9 @@ def _start_at_once(
             if path is None:
                 with clock(report, "share"):
                     path = todo.exchange.adopt()
-            if path is not None:
-                try:
-                    built = start.start_warm(Plan.load(path, todo.made_for), path)
-                    todo.exchange.offer(path)
-                    return Outcome(*built)
-                except BadPlan as reason:
-                    todo.cache.reject(todo.key, str(reason))
-                    start.begin_again()
+            built = None if path is None else _start_by_plan(start, todo, path)
+            if built is not None:
+                return Outcome(*built)
     except Busy:  # then it is waited for in the background
         logger.info("another process compiles the same")
     try:
@@ -132,6 +122,33 @@ def _start_at_once(
         _not_put_off(report, str(reason))
         return None
     return Outcome(start.stay_eager(), None, todo)
+
+
+def _start_by_plan(start: Start, todo: PutOff, path: Path) -> Built | None:
+    """Start as the plan of an entry says and offer it on; None where it does not hold, which sets it aside."""
+    try:
+        built = start.start_warm(Plan.load(path, todo.made_for), path)
+    except BadPlan as reason:
+        todo.cache.reject(todo.key, str(reason))
+        start.begin_again()
+        return None
+    todo.exchange.offer(path)
+    return built
+
+
+def _race(
+    start: Start,
+    names: tuple[str, ...],
+    cache: Cache,
+    key: str,
+    made_for: Mapping[str, Any],
+    job: EngineJob,
+    report: CompileReport,
+) -> tuple[Built, Path | None]:
+    """Let engines compete in their turn; return what they built, and the entry where the plan is kept, if it is."""
+    with _turn(cache, job, report), _folder() as folder:
+        built = start.start_cold(names, folder)
+        return built, _keep(cache, key, folder, Plan.of(report, made_for), report)
 
 
 def _not_put_off(report: CompileReport, reason: str) -> None:
@@ -162,9 +179,7 @@ def fill_cache(
     with cache.hold(key) as path:
         if path is None:
             start = Start(job, reference, report, streams, must_pay=streams_must_pay, race=choice.race)
-            with _turn(cache, job, report), _folder() as folder:
-                start.start_cold(choice.names, folder)
-                path = _keep(cache, key, folder, Plan.of(report, made_for), report)
+            _, path = _race(start, choice.names, cache, key, made_for, job, report)
     report.notes += cache.rejections
     return path
 

@@ -64,6 +64,12 @@ def test_ray_gives_way_to_what_serves_only_where_that_can_come_forward(
         assert found.get(SERVING) == (str(os.getpriority(os.PRIO_PROCESS, 0)) if may_come_back else None)
 
 
+def test_ray_looks_less_often_whether_there_is_something_to_do_unless_told_otherwise(temporary: Path) -> None:
+    assert make_environment(8123, {})["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "0.5"
+    own = make_environment(8123, {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1"})
+    assert own["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "0.1"
+
+
 def run_script(config: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PT2_SERVE_HAPROXY": "/bin/cat"}
     return subprocess.run([SCRIPT, "-f", str(config)], env=env, capture_output=True, text=True, check=False)
