@@ -79,26 +79,26 @@ def directly(workload: str, options: argparse.Namespace, cache: Path) -> dict[st
 
 def served(workload: str, options: argparse.Namespace, cache: Path) -> tuple[Load, Load, Load | None]:
     """Return one client's load on the model, on one that does nothing, and on the model under `options.against`."""
-    model, environment = model_args(workload, options.threads, options.budget_s), {"XDG_CACHE_HOME": str(cache)}
+    model = model_args(workload, options.threads, options.budget_s)
     work = Workload.make(workload)
     torch.set_num_threads(1)
 
-    def ask(args: dict[str, Any], environment: dict[str, str]) -> Load:
+    def ask(args: dict[str, Any], settings: list[str]) -> Load:
         path = f"/predictions/{args['name']}"
         check = work.check if args is not NOTHING else lambda index, body: True
+        environment = {"XDG_CACHE_HOME": str(cache), **dict(setting.split("=", 1) for setting in settings)}
         with serve_run({"import_path": "deployments.app:build", "args": args}, environment) as server:
             server.wait(path, work.payloads[0])
             closed_loop(PORT, path, work.payloads, check, 1, 3.0)
             if options.against and args is not NOTHING:
                 before = server.cpu_s()
                 time.sleep(_IDLE_S)
-                settings = " ".join(options.against) if environment.keys() & against.keys() else "make serve"
-                print(f"{settings}: {(server.cpu_s() - before) / _IDLE_S:.3f} cores without requests", file=sys.stderr)
+                cores = (server.cpu_s() - before) / _IDLE_S
+                print(f"{' '.join(settings) or 'make serve'}: {cores:.3f} cores without requests", file=sys.stderr)
             return closed_loop(PORT, path, work.payloads, check, 1, options.seconds)
 
-    against = dict(setting.split("=", 1) for setting in options.against)
-    other = ask(model, {**environment, **against}) if against else None
-    return ask(model, environment), ask(NOTHING, environment), other
+    other = ask(model, options.against) if options.against else None
+    return ask(model, []), ask(NOTHING, []), other
 
 
 def main() -> None:
@@ -147,7 +147,10 @@ def main() -> None:
         )
         if others:
             other_ms = statistics.median(load.ms(50) for load in others)
-            print(f"\nUnder {' '.join(options.against)}, {workload}: {other_ms:.2f} ms", flush=True)
+            bad = f"{sum(len(load.failed) for load in others)} / {sum(load.wrong for load in others)}"
+            print(
+                f"\nUnder {' '.join(options.against)}, {workload}: {other_ms:.2f} ms, failed / wrong {bad}", flush=True
+            )
 
 
 if __name__ == "__main__":
