@@ -77,6 +77,11 @@ class Held:
         admission.bytes += count
         self.bytes += count
 
+    def drop(self, count: int) -> None:
+        """Hold so many bytes less."""
+        self._admission.bytes -= count
+        self.bytes -= count
+
     def grow_to(self, count: int) -> None:
         """Hold this many bytes in all, if they are more than now."""
         if count > self.bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
@@ -18,15 +19,20 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises RayServeException, the one error that Ray Serve reports without a traceback and without trying again;
     a `serve run` that has started its own Ray then ends.
     """
-    if _is_the_task_of_ray_serve():
+    in_task = _is_the_task_of_ray_serve()
+    if in_task:
         last_in_line_for_good()
     # Imported here, since importing torch takes seconds, during which requests to the version before are served.
     from deployments.args import ModelArgs
     from deployments.deployment import make_deployment
+    from deployments.http_host import find_http_host
+    from deployments.keys import Keys
     from optim.errors import ConfigError
 
     try:
         parsed = ModelArgs.parse(args)
+        if in_task:  # where keys are needed and there are none, say so at once; every replica looks as well
+            Keys(parsed.auth, find_http_host(), os.environ)
     except ConfigError as error:
         stops = "; stopping `serve run`" if stop_serve_run_soon() else ""
         raise RayServeException(f"configuration error: {error}{stops}") from None

@@ -43,13 +43,31 @@ class LimitsArgs:
     """What a single request may ask for."""
 
     body_bytes: int = 16 * 1024 * 1024
-    """Largest request body; more is answered 413 before it is read. Default 16 MiB."""
+    """Largest request body, packed or unpacked; more is answered 413 before it is read. Default 16 MiB."""
+    body_s: float = 30.0
+    """Seconds until a request's body has to be there; slower senders are answered 408. Default 30."""
     rows: int = 64
-    """Most rows in one request of a tensor protocol. Default 64."""
+    """Most rows of tensors in one request. Default 64."""
+    items: int = 2048
+    """Most texts (or photos) in one request of a protocol that takes lists of them. Default 2048, as OpenAI's."""
     bytes_in_flight: int = 256 * 1024 * 1024
     """Bodies and tensors a replica holds before it answers 503 with Retry-After. Default 256 MiB."""
     timeout_s: float | None = None
     """Seconds a request may take before it is answered 408; `x-request-timeout-seconds` replaces it. Default none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuthArgs:
+    """Who is let in over HTTP."""
+
+    keys_env: str = "PT2_API_KEYS"
+    """Environment variable with API keys, between commas or white space. Default PT2_API_KEYS."""
+    keys_file: str | None = None
+    """File with API keys, one a line; read again when it changes. Default none."""
+    required: bool | None = None
+    """Whether a key is needed; default: where there are keys, or the host is not loopback. false lets everybody in."""
+    open_health: bool = True
+    """Whether /ping, /v2/health/live and the ready paths answer without a key. Default true."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +80,12 @@ class UserConfig:
     """`batching.max_queue`; not more than there, since `max_ongoing_requests` is derived from it."""
     body_bytes: int | None = None
     """`limits.body_bytes`."""
+    body_s: float | None = None
+    """`limits.body_s`."""
     rows: int | None = None
     """`limits.rows`."""
+    items: int | None = None
+    """`limits.items`."""
     bytes_in_flight: int | None = None
     """`limits.bytes_in_flight`."""
     timeout_s: float | None = None
@@ -90,6 +112,8 @@ class ModelArgs:
     """How requests are put together."""
     limits: LimitsArgs = field(default_factory=LimitsArgs)
     """What a request may ask for."""
+    auth: AuthArgs = field(default_factory=AuthArgs)
+    """Who is let in."""
     threads: int | None = None
     """CPU threads of the model; default the replica's `num_cpus`, at least 1."""
 
@@ -204,7 +228,9 @@ def _check(args: ModelArgs) -> None:
         ("batching.streams", 1 if args.batching.streams is None else args.batching.streams, 1),
         ("batching.max_queue", args.batching.max_queue, max(args.batching.batch_sizes)),
         ("limits.body_bytes", args.limits.body_bytes, 1),
+        ("limits.body_s", args.limits.body_s, 0.001),
         ("limits.rows", args.limits.rows, 1),
+        ("limits.items", args.limits.items, 1),
         ("limits.bytes_in_flight", args.limits.bytes_in_flight, 1),
         ("limits.timeout_s", 1 if args.limits.timeout_s is None else args.limits.timeout_s, 0.001),
         ("threads", 1 if args.threads is None else args.threads, 1),

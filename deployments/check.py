@@ -7,6 +7,7 @@ application cannot be built; this command names the mistake and ends with status
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.args import ModelArgs
+from deployments.keys import Keys
 from optim.errors import ConfigError
 
 OUR_BUILDER = "deployments.app:build"
@@ -39,7 +41,7 @@ def check_file(path: Path) -> list[str]:
         for j, deployment in enumerate(_mappings(application.get("deployments"))):
             found += _unknown_keys(f"{where}.deployments[{j}]", deployment, DeploymentSchema)
         if application.get("import_path") == OUR_BUILDER:
-            found += _check_application(where, application)
+            found += _check_application(where, application, _host(config))
     if not found:
         try:
             ServeDeploySchema.model_validate(config)
@@ -48,9 +50,15 @@ def check_file(path: Path) -> list[str]:
     return found
 
 
-def _check_application(where: str, application: Mapping[str, Any]) -> list[str]:
+def _host(config: Mapping[str, Any]) -> str:
+    options = config.get("http_options")
+    return str((options if isinstance(options, Mapping) else {}).get("host", HTTPOptionsSchema().host))
+
+
+def _check_application(where: str, application: Mapping[str, Any], host: str) -> list[str]:
     try:
         args = ModelArgs.parse(application.get("args"))
+        Keys(args.auth, host, os.environ)
     except ConfigError as error:
         return [f"{where}: {error}"]
     found = []

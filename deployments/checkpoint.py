@@ -105,6 +105,17 @@ class TextCheckpoint:
             raise BadRequest("the text has no tokens")
         return tuple(torch.tensor(columns[name], dtype=torch.int64) for name in self.input_names)
 
+    def take(self, tokens: Sequence[int]) -> Inputs:
+        """Return token ids as inputs; BadRequest where they are too many, or not in the vocabulary. -> [T] each."""
+        if not 1 <= len(tokens) <= self.max_length:
+            raise BadRequest(f"{len(tokens)} tokens; 1 to {self.max_length} are allowed")
+        wrong = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
+        if wrong is not None:
+            raise BadRequest(f"token {wrong} is not in the vocabulary, which ends at {self.vocabulary - 1}")
+        ids = torch.tensor(tokens, dtype=torch.int64)
+        columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        return tuple(columns[name] for name in self.input_names)
+
     def example(self, batch_size: int, length: int | None) -> Inputs:
         """Return full rows of tokens, their mask of ones and, where needed, types of zero. -> [B, T] each."""
         assert length is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from deployments.args import ModelArgs
 from deployments.compile import compile_servable, resources
 from deployments.host_pool import make_host_pool
 from deployments.http import make_app
+from deployments.http_host import find_http_host
+from deployments.keys import Keys
 from deployments.metrics import ModelMetrics
 from deployments.model_thread import ModelThread, fail
 from deployments.priority import bring_forward_what_serves, last_in_line, thread_last_in_line
@@ -44,6 +47,7 @@ class ModelReplica:
         # Ray Serve takes the one of the configuration file for derived ones; before anything costs time.
         args.check_max_ongoing_requests(_max_ongoing_requests())
         self._args = args
+        self._keys = Keys(args.auth, await asyncio.to_thread(find_http_host), os.environ)
         self._metrics = ModelMetrics(args.name or "")
         self._servable = args.make_servable()
         self._host_pool = make_host_pool(max(2, _own_resources(args)[1]))
@@ -182,10 +186,11 @@ class ModelReplica:
         """Do what is due now and then."""
         bring_forward_what_serves()  # those that Ray Serve has started since
         self._share.publish()
+        self._keys.refresh()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP application; Ray Serve calls it when the replica is ready."""
-        return make_app(self._service)
+        return make_app(self._service, self._keys)
 
     async def __del__(self) -> None:
         """Answer what was accepted, then end the threads; Ray Serve calls it once requests have drained."""

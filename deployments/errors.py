@@ -33,6 +33,30 @@ class BodyTooLarge(RequestError):
     status = 413
 
 
+class BodyTooSlow(RequestError):
+    """The body did not come within `limits.body_s`."""
+
+    status = 408
+
+
+class UnsupportedEncoding(RequestError):
+    """The body is packed in a way that is not known here."""
+
+    status = 415
+
+
+class Unsupported(RequestError):
+    """The protocol has it, this server has not."""
+
+    status = 501
+
+
+class Unauthorized(RequestError):
+    """No key, or a wrong one."""
+
+    status = 401
+
+
 class ModelFailed(RequestError):
     """The model raised on a valid request."""
 

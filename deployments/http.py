@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,20 +15,28 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from deployments import oip, torchserve
-from deployments.admission import Held
-from deployments.errors import BadRequest, BodyTooLarge, Overloaded, RequestError
+from deployments import oip, openai, torchserve
+from deployments.body import PACKED, discard, pack, read_body
+from deployments.errors import (
+    BadRequest,
+    BodyTooSlow,
+    Overloaded,
+    RequestError,
+    Unauthorized,
+    UnsupportedEncoding,
+)
+from deployments.keys import Keys
+from deployments.messages import read_json, to_json_bytes
+from deployments.servable import Encoder
 from deployments.service import ModelService
 
 logger = logging.getLogger(__name__)
-_DISCARD_BYTES = 64 * 1024 * 1024
-_DISCARD_S = 5.0
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 Handler = Callable[[ModelService, Request], Awaitable[Response]]
 
 
-def make_app(service: ModelService) -> Starlette:
-    """Return the ASGI application that answers for one model."""
+def make_app(service: ModelService, keys: Keys | None = None) -> Starlette:
+    """Return the ASGI application that answers for one model; without `keys` it lets everybody in."""
     endpoints: list[tuple[str, str, Handler]] = [
         ("GET", "/ping", _ping),
         ("POST PUT", "/predictions/{model}", _predict),  # PUT is what TorchServe's own `curl -T photo.jpg` sends
@@ -41,6 +47,9 @@ def make_app(service: ModelService) -> Starlette:
         ("GET", "/v2", _server_metadata),
         ("GET", "/v2/health/live", _live),
         ("GET", "/v2/health/ready", _ready),
+        ("GET", "/v1/models", _list_openai_models),
+        ("GET", "/v1/models/{model}", _describe_openai_model),
+        ("POST", "/v1/embeddings", _embed),
     ]
     for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         endpoints += [
@@ -48,17 +57,24 @@ def make_app(service: ModelService) -> Starlette:
             ("GET", f"{prefix}/ready", _model_ready),
             ("POST", f"{prefix}/infer", _infer),
         ]
-    routes = [Route(path, _guard(service, handler), methods=methods.split()) for methods, path, handler in endpoints]
+    routes = [
+        Route(path, _guard(service, handler, keys), methods=methods.split()) for methods, path, handler in endpoints
+    ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _routing_error})
 
 
-def _guard(service: ModelService, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+def _guard(service: ModelService, handler: Handler, keys: Keys | None) -> Callable[[Request], Awaitable[Response]]:
+    is_open = keys is None or (handler in _HEALTH and service.args.auth.open_health)
+
     async def endpoint(request: Request) -> Response:
         try:
+            if not (is_open or keys is None or keys.accepts(request.headers)):
+                raise Unauthorized("a key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
             return await handler(service, request)
         except ClientDisconnect:
             raise
         except RequestError as error:
+            await discard(request)
             return _error(request, error)
         except Exception:  # a bug of ours: the log has its traceback, the client its request id
             logger.exception("request %s failed", _request_id(request))
@@ -85,17 +101,26 @@ def _error(
     headers = headers or {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(error.retry_after_s)
-    is_oip = _path(request).startswith("/v2")
-    body = oip.error_body(error) if is_oip else torchserve.error_body(error, status)
-    return _json(body, status, headers)
+    elif isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, UnsupportedEncoding):
+        headers["Accept-Encoding"] = "gzip, deflate"
+    elif isinstance(error, BodyTooSlow):
+        headers["Connection"] = "close"
+    path = _path(request)
+    if path.startswith("/v2"):
+        return _json(oip.error_body(error), status, headers)
+    if path.startswith("/v1"):
+        return _json(openai.error_body(error, status), status, headers)
+    return _json(torchserve.error_body(error, status), status, headers)
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     try:
-        body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        body = to_json_bytes(content)
     except ValueError as error:
         raise RequestError("the reply holds NaN or infinity, which JSON cannot carry") from error
-    return Response(body.encode(), status, headers, media_type="application/json")
+    return Response(body, status, headers, media_type="application/json")
 
 
 def _path(request: Request) -> str:
@@ -106,52 +131,6 @@ def _path(request: Request) -> str:
 
 def _request_id(request: Request) -> str:
     return request.headers.get("x-request-id", "-")
-
-
-async def read_body(request: Request, limit: int, held: Held) -> bytes:
-    """Return the body; BodyTooLarge as soon as more than `limit` bytes are announced or have come.
-
-    Its bytes are held as soon as they are known of: Overloaded where the replica has no room for them.
-    """
-    stream = request.stream()
-    try:
-        return await _collect(request, stream, limit, held)
-    except RequestError:
-        if request.headers.get("connection", "").lower() == "close":
-            await _discard(stream)
-        raise
-
-
-async def _collect(request: Request, stream: AsyncIterator[bytes], limit: int, held: Held) -> bytes:
-    text = request.headers.get("content-length", "")
-    size = int(text) if text.isdecimal() else 0
-    if size <= limit:
-        held.grow_to(size)
-        chunks, size = [], 0
-        async for chunk in stream:
-            size += len(chunk)
-            if size > limit:
-                break
-            held.grow_to(size)
-            chunks.append(chunk)
-        else:
-            return b"".join(chunks)
-    raise BodyTooLarge(f"the body is over the limit of {limit} bytes")
-
-
-async def _discard(stream: AsyncIterator[bytes]) -> None:
-    """Read on for a while without keeping anything.
-
-    uvicorn closes a connection that asked for it as soon as the reply is written; a client that is still sending
-    then sees a reset and never reads the reply.
-    """
-    left = _DISCARD_BYTES
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DISCARD_S):
-            async for chunk in stream:
-                left -= len(chunk)
-                if left < 0:
-                    break
 
 
 def _check_model(service: ModelService, request: Request) -> None:
@@ -186,7 +165,7 @@ async def _predict(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
     started = time.monotonic()
     with service.admission.hold_bytes() as held:
-        body = await read_body(request, service.limits.body_bytes, held)
+        body = bytes(await read_body(request, service.limits, held))
         payload = await torchserve.decode_payload(request, body)
         reply = await service.predict(payload, _time_left(request, started), held)
     if isinstance(reply, bytes | bytearray | memoryview):
@@ -232,12 +211,46 @@ async def _model_ready(service: ModelService, request: Request) -> Response:
 async def _infer(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
     started = time.monotonic()
+    length = request.headers.get(oip.HEADER_LENGTH)
     with service.admission.hold_bytes() as held:
-        body = await read_body(request, service.limits.body_bytes, held)
-        try:
-            message = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the body is not JSON: {error}") from error
-        wanted = oip.parse_request(message)
-        outputs = await service.infer(wanted.tensors, _time_left(request, started), held)
-    return _json(oip.make_response(service, wanted, outputs))
+        lead = int(length) if length is not None and length.isdecimal() and len(length) < 20 else 0
+        body = await read_body(request, service.limits, held, None if length is None else lead)
+        wanted = oip.read_request(service, body, length)
+        left = _time_left(request, started)
+        timeout_s = wanted.timeout_s if left is None else left
+        if wanted.payloads is None:
+            outputs = await service.run_tensors(wanted.tensors, timeout_s, held)
+        else:
+            outputs = await service.run_payloads(wanted.payloads, timeout_s, held, path=oip.PAYLOAD)
+        content, json_length = oip.write_reply(service, wanted, outputs)
+    headers = {} if json_length is None else {oip.HEADER_LENGTH: str(json_length)}
+    # Most libraries say of themselves that they can unpack several codings; who names a single one has asked for it.
+    coding = request.headers.get("accept-encoding", "").strip().lower()
+    if coding in PACKED:
+        content = await asyncio.to_thread(pack, content, coding)
+        headers["Content-Encoding"] = coding
+    kind = "application/json" if json_length is None else "application/octet-stream"
+    return Response(content, headers=headers, media_type=kind)
+
+
+async def _list_openai_models(service: ModelService, request: Request) -> Response:
+    return _json({"object": "list", "data": [openai.describe_model(service)]})
+
+
+async def _describe_openai_model(service: ModelService, request: Request) -> Response:
+    _check_model(service, request)
+    return _json(openai.describe_model(service))
+
+
+async def _embed(service: ModelService, request: Request) -> Response:
+    started = time.monotonic()
+    with service.admission.hold_bytes() as held:
+        wanted = openai.parse_request(read_json(await read_body(request, service.limits, held)))
+        service.check_model(wanted.model)
+        if not isinstance(service.servable, Encoder):
+            raise BadRequest(f"model: {wanted.model} makes no embeddings")
+        return _json(await openai.embed(service, wanted, timeout_s=_time_left(request, started), held=held))
+
+
+#: What answers without a key where `auth.open_health` says so.
+_HEALTH = (_ping, _live, _ready, _model_ready)

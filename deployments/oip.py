@@ -1,45 +1,43 @@
-"""The Open Inference Protocol v2 over REST, JSON tensors: parsing, checking and writing its messages."""
+"""The Open Inference Protocol v2 over REST: reading, checking and writing its messages, in JSON and in binary form."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from deployments.errors import BadRequest, RequestError
+from deployments.datatypes import DATATYPES, datatype, from_bytes, from_json, to_bytes, to_json
+from deployments.errors import BadRequest, RequestError, Unsupported
+from deployments.messages import read_json, to_json_bytes
 from deployments.service import ModelService
 
-#: Datatypes that JSON can carry and numpy knows; BF16 exists only in binary form, BYTES is no tensor's dtype.
-NUMPY_TYPES: dict[str, type[np.generic]] = {
-    "BOOL": np.bool_,
-    "UINT8": np.uint8,
-    "UINT16": np.uint16,
-    "UINT32": np.uint32,
-    "UINT64": np.uint64,
-    "INT8": np.int8,
-    "INT16": np.int16,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "FP16": np.float16,
-    "FP32": np.float32,
-    "FP64": np.float64,
-}
-_NAMES = {np.dtype(kind): name for name, kind in NUMPY_TYPES.items()}
+#: Header of requests and replies in binary form: how many bytes of the body are JSON; tensors follow.
+HEADER_LENGTH = "inference-header-content-length"
+#: The BYTES input that stands for requests as /predictions takes them: photos, texts. Any servable has it.
+PAYLOAD = "payload"
 _MAX_DIMENSIONS = 16
+_MAX_SIZE = 2**31 - 1
+#: Extensions of Triton that change what an answer is; a client that asks for them must not be answered without.
+_UNSUPPORTED = ("shared_memory_region", "classification", "sequence_id")
 
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A parsed infer request: arrays by name, the outputs asked for (none: all), and the caller's id."""
+    """A parsed infer request.
 
-    tensors: dict[str, np.ndarray[Any, Any]]
-    outputs: tuple[str, ...] = ()
+    `tensors` has arrays (BF16: torch tensors) by name, `payloads` the elements of a `payload` input, or None;
+    `outputs` those asked for, with whether in binary form (none: all, as `binary` says); `timeout_s` the caller's.
+    """
+
+    tensors: dict[str, Any] = field(default_factory=dict)
+    payloads: list[Any] | None = None
+    outputs: dict[str, bool] = field(default_factory=dict)
+    binary: bool = False
     id: str | None = None
+    timeout_s: float | None = None
 
 
 def error_body(error: RequestError) -> dict[str, str]:
@@ -53,7 +51,7 @@ def server_metadata() -> dict[str, Any]:
         version = importlib.metadata.version("pt2-serve")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
         version = "0"
-    return {"name": "pt2-serve", "version": version, "extensions": []}
+    return {"name": "pt2-serve", "version": version, "extensions": ["binary_tensor_data"]}
 
 
 def model_metadata(service: ModelService) -> dict[str, Any]:
@@ -71,38 +69,85 @@ def model_metadata(service: ModelService) -> dict[str, Any]:
     }
 
 
-def datatype(dtype: torch.dtype) -> str:
-    """Return the protocol's name of a dtype."""
-    if dtype == torch.bfloat16:
-        return "BF16"
-    return _NAMES[torch.empty(0, dtype=dtype).numpy().dtype]
+def read_request(service: ModelService, body: bytes | memoryview, header_length: str | None) -> InferRequest:
+    """Return what an infer request's body asks for; `header_length` is its header of that name, or None.
+
+    BadRequest names what is wrong, Unsupported what Triton has and this server has not.
+    """
+    if header_length is None:
+        return parse_request(read_json(body), memoryview(b""))
+    if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 20):
+        raise BadRequest(f"{HEADER_LENGTH}: {header_length!r} is not a number of bytes")
+    length = int(header_length)
+    if length > len(body):
+        raise BadRequest(f"{HEADER_LENGTH}: {length} bytes of JSON are announced, the body has {len(body)}")
+    if length == 0:
+        return _read_raw(service, memoryview(body))
+    return parse_request(read_json(body[:length]), memoryview(body)[length:])
 
 
-def parse_request(message: Any) -> InferRequest:
-    """Check an infer request and turn its data into arrays; BadRequest names what is wrong."""
+def _read_raw(service: ModelService, raw: memoryview) -> InferRequest:
+    """Return the request whose body is nothing but the data of one row of a model with one input."""
+    if len(service.inputs) != 1:
+        names = ", ".join(info.name for info in service.inputs)
+        raise BadRequest(f"{HEADER_LENGTH}: 0 is for models with one input; this one has {names}")
+    info = service.inputs[0]
+    kind, row = datatype(info.dtype), list(info.shape[1:])
+    if row.count(-1) == 1:
+        taken = torch.empty(0, dtype=info.dtype).element_size()
+        for size in row:
+            taken *= size if size != -1 else 1
+        row[row.index(-1)] = len(raw) // taken if taken else 0
+    return InferRequest(tensors={info.name: from_bytes(info.name, raw, kind, [1, *row])}, binary=True)
+
+
+def parse_request(message: Any, raw: memoryview) -> InferRequest:
+    """Check an infer request and turn its data, and the binary data behind it, into arrays."""
     if not isinstance(message, Mapping):
         raise BadRequest("the body must be a JSON object")
     identity = message.get("id")
     if identity is not None and not isinstance(identity, str):
         raise BadRequest(f"id: {identity!r} is not text")
+    parameters = _read_parameters("parameters", message.get("parameters"))
     given = message.get("inputs")
     if not isinstance(given, list) or not given:
         raise BadRequest("inputs: a list with at least one tensor is needed")
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    tensors: dict[str, Any] = {}
+    kinds: dict[str, str] = {}
     for index, tensor in enumerate(given):
-        name, array = _parse_tensor(f"inputs[{index}]", tensor)
+        path = f"inputs[{index}]"
+        name, kind, value, raw = _parse_tensor(path, tensor, raw)
         if name in tensors:
-            raise BadRequest(f"inputs[{index}].name: {name!r} is given twice")
-        tensors[name] = array
-    outputs = message.get("outputs") or []
-    if not isinstance(outputs, list) or not all(
-        isinstance(o, Mapping) and isinstance(o.get("name"), str) for o in outputs
-    ):
-        raise BadRequest("outputs: a list of objects with a name is needed")
-    return InferRequest(tensors, tuple(o["name"] for o in outputs), identity)
+            raise BadRequest(f"{path}.name: {name!r} is given twice")
+        tensors[name], kinds[name] = value, kind
+    if len(raw):
+        raise BadRequest(f"{len(raw)} bytes are left behind the binary data of the inputs")
+    payloads = _take_payloads(tensors, kinds)
+    return InferRequest(
+        tensors,
+        payloads,
+        _parse_outputs(message.get("outputs") or [], binary := _flag("parameters", parameters, "binary_data_output")),
+        binary,
+        identity,
+        _parse_timeout(parameters),
+    )
 
 
-def _parse_tensor(path: str, tensor: Any) -> tuple[str, np.ndarray[Any, Any]]:
+def _take_payloads(tensors: dict[str, Any], kinds: Mapping[str, str]) -> list[Any] | None:
+    """Return the elements of the input `payload`, if that is what is given; BYTES goes nowhere else."""
+    texts = [name for name, kind in kinds.items() if kind == "BYTES"]
+    if not texts:
+        return None
+    if texts != [PAYLOAD] or len(tensors) > 1:
+        raise BadRequest(f"inputs: BYTES is for one input named {PAYLOAD} and no other; got {', '.join(tensors)}")
+    found: list[Any] = tensors.pop(PAYLOAD)
+    if not found:
+        raise BadRequest(f"inputs: {PAYLOAD} has no elements")
+    return found
+
+
+def _parse_tensor(path: str, tensor: Any, raw: memoryview) -> tuple[str, str, Any, memoryview]:
+    """Return an input's name, datatype and value, and the binary data that is left for the others."""
     if not isinstance(tensor, Mapping):
         raise BadRequest(f"{path}: an object is needed")
     name, shape, kind = tensor.get("name"), tensor.get("shape"), tensor.get("datatype")
@@ -111,58 +156,86 @@ def _parse_tensor(path: str, tensor: Any) -> tuple[str, np.ndarray[Any, Any]]:
     if (
         not isinstance(shape, list)
         or len(shape) > _MAX_DIMENSIONS
-        or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape)
+        or not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s <= _MAX_SIZE for s in shape)
     ):
         raise BadRequest(f"{path}.shape: a list of whole numbers from 0, at most {_MAX_DIMENSIONS} of them, is needed")
-    if not isinstance(kind, str) or kind not in NUMPY_TYPES:
-        raise BadRequest(f"{path}.datatype: {kind!r} is not one of {', '.join(NUMPY_TYPES)}")
-    if "data" not in tensor:
-        raise BadRequest(f"{path}.data: the tensor's data is needed")
-    flat = _to_array(path, tensor["data"], NUMPY_TYPES[kind])
-    if flat.size != math.prod(shape):
-        raise BadRequest(f"{path}.data: {flat.size} values do not fill the shape {shape}")
-    return name, flat.reshape(shape)
+    if not isinstance(kind, str) or kind not in DATATYPES:
+        raise BadRequest(f"{path}.datatype: {kind!r} is not one of {', '.join(DATATYPES)}")
+    parameters = _read_parameters(f"{path}.parameters", tensor.get("parameters"))
+    size = parameters.get("binary_data_size")
+    if size is None:
+        if "data" not in tensor:
+            raise BadRequest(f"{path}.data: the tensor's data is needed")
+        return name, kind, from_json(path, tensor["data"], kind, shape), raw
+    if "data" in tensor:
+        raise BadRequest(f"{path}: there is data, and binary_data_size; only one of them is allowed")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(raw):
+        raise BadRequest(
+            f"{path}.parameters.binary_data_size: {size!r} is not a number of bytes up to the {len(raw)} that are left"
+        )
+    return name, kind, from_bytes(path, raw[:size], kind, shape), raw[size:]
 
 
-def _to_array(path: str, data: Any, kind: type[np.generic]) -> np.ndarray[Any, Any]:
-    """Turn nested or flat lists into an array, refusing values that the datatype would change."""
-    if not isinstance(data, list):
-        raise BadRequest(f"{path}.data: a list is needed")
-    if not data:
-        return np.empty(0, kind)
-    try:
-        raw = np.asarray(data)
-    except (ValueError, OverflowError) as error:  # rows of different lengths, or numbers beyond 64 bits
-        raise BadRequest(f"{path}.data: not a tensor: {error}") from error
-    allowed = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[np.dtype(kind).kind]
-    if raw.dtype.kind not in allowed:
-        raise BadRequest(f"{path}.data: {raw.dtype} values are not {_NAMES[np.dtype(kind)]}")
-    if np.dtype(kind).kind in "iu" and raw.size:
-        limits = np.iinfo(kind)  # type: ignore[type-var]
-        if int(raw.min()) < limits.min or int(raw.max()) > limits.max:
-            raise BadRequest(f"{path}.data: values must lie between {limits.min} and {limits.max}")
-    with np.errstate(over="ignore"):
-        return raw.reshape(-1).astype(kind)
+def _parse_outputs(given: Any, binary: bool) -> dict[str, bool]:
+    if not isinstance(given, list) or not all(isinstance(o, Mapping) and isinstance(o.get("name"), str) for o in given):
+        raise BadRequest("outputs: a list of objects with a name is needed")
+    outputs = {}
+    for index, output in enumerate(given):
+        path = f"outputs[{index}].parameters"
+        outputs[output["name"]] = _flag(path, _read_parameters(path, output.get("parameters")), "binary_data", binary)
+    return outputs
 
 
-def make_response(
-    service: ModelService, request: InferRequest, outputs: Mapping[str, np.ndarray[Any, Any]]
-) -> dict[str, Any]:
-    """Return the reply to an infer request; BadRequest where an output is asked for that the model lacks."""
-    wanted = request.outputs or tuple(outputs)
-    for name in wanted:
+def _read_parameters(path: str, given: Any) -> Mapping[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise BadRequest(f"{path}: an object is needed")
+    for name in _UNSUPPORTED:
+        if given.get(name):
+            raise Unsupported(f"{path}.{name}: this server does not have it")
+    return given
+
+
+def _flag(path: str, parameters: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise BadRequest(f"{path}.{name}: {value!r} is not true or false")
+    return value
+
+
+def _parse_timeout(parameters: Mapping[str, Any]) -> float | None:
+    """Return Triton's `timeout`, whole microseconds (0: none), in seconds."""
+    value = parameters.get("timeout", 0)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise BadRequest(f"parameters.timeout: {value!r} is not a whole number of microseconds")
+    return value / 1e6 or None
+
+
+def write_reply(
+    service: ModelService, request: InferRequest, outputs: Mapping[str, torch.Tensor]
+) -> tuple[bytes, int | None]:
+    """Return the body of the reply and, where tensors follow the JSON, how long that is.
+
+    BadRequest where an output is asked for that the model lacks, or that JSON cannot carry.
+    """
+    wanted = request.outputs or dict.fromkeys(outputs, request.binary)
+    tensors: list[dict[str, Any]] = []
+    buffers: list[memoryview | bytes] = []
+    for name, binary in wanted.items():
         if name not in outputs:
             raise BadRequest(f"outputs: the model has {', '.join(outputs)}, not {name!r}")
-    tensors = [
-        {
-            "name": name,
-            "datatype": _NAMES[outputs[name].dtype],
-            "shape": list(outputs[name].shape),
-            "data": outputs[name].reshape(-1).tolist(),
-        }
-        for name in wanted
-    ]
+        if binary:
+            kind, shape, raw = to_bytes(outputs[name])
+            buffers.append(raw)
+            tensors.append(
+                {"name": name, "datatype": kind, "shape": shape, "parameters": {"binary_data_size": len(raw)}}
+            )
+        else:
+            kind, shape, data = to_json(outputs[name])
+            tensors.append({"name": name, "datatype": kind, "shape": shape, "data": data})
     reply: dict[str, Any] = {"model_name": service.name, "model_version": service.version}
     if request.id is not None:
         reply["id"] = request.id
-    return {**reply, "outputs": tensors}
+    text = to_json_bytes({**reply, "outputs": tensors})
+    return (b"".join([text, *buffers]), len(text)) if buffers else (text, None)

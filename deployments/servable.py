@@ -57,6 +57,18 @@ class Servable(ABC):
         return rebuild(lists)
 
 
+class Encoder(Servable):
+    """A servable whose first output is one embedding a request, [D]: what /v1/embeddings asks for."""
+
+    @abstractmethod
+    def read_tokens(self, tokens: Sequence[int]) -> Inputs:
+        """Turn token ids of the model's own tokenizer into its inputs, as `preprocess` does for a text."""
+
+    def count_tokens(self, inputs: Inputs) -> int:
+        """Return how many tokens a request's inputs have; by default the length of the first."""
+        return len(inputs[0])
+
+
 def forward_names(module: nn.Module, count: int) -> list[str]:
     """Return the names of the module's first `count` positional inputs, or none where its signature does not tell."""
     try:

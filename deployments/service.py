@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,9 @@ class ModelService:
         self.args = args
         self.name = args.name or ""
         self.version = args.version
-        self._servable = servable
+        #: When it was made, in seconds since 1970.
+        self.started = int(time.time())
+        self.servable = servable
         self._model = model
         self._run = run
         self._pool = host_pool
@@ -107,7 +110,8 @@ class ModelService:
         async with self._deadline(timeout_s) as deadline:
             with self.admission.hold_rows(1), self._hold(held) as holding:
                 holding.grow_to(size_of(payload))
-                inputs = await self._on_host(self._read, payload, blame_request=True)
+                read = partial(self._read, self.servable.preprocess)
+                inputs = await self._on_host(read, payload, blame_request=True)
                 holding.add(size_of(inputs))
                 output = await self._run(inputs, 1, deadline)
                 return await self._on_host(self._postprocess, output, blame_request=False)
@@ -115,20 +119,80 @@ class ModelService:
     async def infer(
         self, tensors: Mapping[str, Any], timeout_s: float | None = None, held: Held | None = None
     ) -> dict[str, np.ndarray[Any, Any]]:
+        """Run tensors as `run_tensors` does; arrays by name, bfloat16 as float32."""
+        outputs = await self.run_tensors(tensors, timeout_s, held)
+        return {name: _to_numpy(tensor) for name, tensor in outputs.items()}
+
+    async def run_tensors(
+        self, tensors: Mapping[str, Any], timeout_s: float | None = None, held: Held | None = None
+    ) -> dict[str, torch.Tensor]:
         """Run tensors that have the batch dimension; BadRequest where names, dtypes or shapes are not the model's."""
         inputs = self._check_tensors(tensors)
         size = measure(self._model.input_specs, inputs)
         if size is None:
             raise BadRequest("the inputs differ in their number of rows or their length, or have none")
         if size[0] > self.limits.rows:
-            raise BadRequest(f"{size[0]} rows in one request; at most {self.limits.rows} are allowed")
+            raise BadRequest(f"{size[0]} rows in one request; at most {self.limits.rows} are allowed (limits.rows)")
         async with self._deadline(timeout_s) as deadline:
             with self.admission.hold_rows(size[0]), self._hold(held) as holding:
                 holding.add(size_of(inputs))
                 output = await self._run(self._pin(inputs), size[0], deadline)
-        found, _ = flatten(output)
+        return self._name_outputs(flatten(output)[0])
+
+    async def run_payloads(
+        self,
+        payloads: Sequence[Any],
+        timeout_s: float | None = None,
+        held: Held | None = None,
+        *,
+        path: str,
+        preprocess: Callable[[Any], Any] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Preprocess requests that came in one, run each as a row, and return the outputs of all, in their order.
+
+        No more of them wait and run at a time than two of the largest buckets hold, so that a long list does not
+        fill the queue. The first that fails ends the others; a BadRequest says which one, below `path`.
+        """
+        if len(payloads) > self.limits.items:
+            raise BadRequest(
+                f"{path}: {len(payloads)} in one request; at most {self.limits.items} are allowed (limits.items)"
+            )
+        window = min(len(payloads), 2 * max(self.args.batching.batch_sizes))
+        gate = asyncio.Semaphore(window)
+        read = partial(self._read, preprocess or self.servable.preprocess)
+        async with self._deadline(timeout_s) as deadline:
+            with self.admission.hold_rows(window), self._hold(held) as holding:
+
+                async def run(index: int) -> Any:
+                    async with gate:
+                        try:
+                            inputs = await self._on_host(read, payloads[index], blame_request=True)
+                        except BadRequest as error:
+                            raise BadRequest(f"{path}[{index}]: {error}") from error
+                        size = size_of(inputs)
+                        holding.add(size)
+                        try:
+                            return await self._run(inputs, 1, deadline)
+                        finally:
+                            holding.drop(size)
+
+                rows = await _gather([run(index) for index in range(len(payloads))])
+        return self._name_outputs(self._join([flatten(row)[0] for row in rows]))
+
+    def _join(self, rows: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Put the outputs of several runs of one row together."""
+        dims = [spec.batch_dim for spec in self._model.output_specs] or [0] * len(rows[0])
+        try:
+            return [
+                columns[0] if dim is None else torch.cat(columns, dim)
+                for dim, columns in zip(dims, zip(*rows, strict=True), strict=True)
+            ]
+        except RuntimeError as error:  # outputs as long as their inputs
+            raise BadRequest("the outputs of these differ in shape: send them one by one") from error
+
+    def _name_outputs(self, found: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         names = [info.name for info in self.outputs] or [f"output_{i}" for i in range(len(found))]
-        return {name: _to_numpy(tensor) for name, tensor in zip(names, found, strict=True)}
+        return dict(zip(names, found, strict=True))
 
     @asynccontextmanager
     async def _deadline(self, timeout_s: float | None) -> AsyncIterator[float | None]:
@@ -158,8 +222,8 @@ class ModelService:
             with self.admission.hold_bytes() as own:
                 yield own
 
-    def _read(self, payload: Any) -> Inputs:
-        return self._pin(self._add_batch_dim(self._servable.preprocess(payload)))
+    def _read(self, preprocess: Callable[[Any], Any], payload: Any) -> Inputs:
+        return self._pin(self._add_batch_dim(preprocess(payload)))
 
     def _pin(self, inputs: Inputs) -> Inputs:
         """Put inputs for a GPU into pinned memory, from which the model thread can copy without waiting."""
@@ -203,7 +267,7 @@ class ModelService:
                 t if spec.batch_dim is None else t.select(spec.batch_dim, 0)
                 for t, spec in zip(tensors, specs, strict=True)
             ]
-        return self._servable.postprocess(rebuild(tensors))
+        return self.servable.postprocess(rebuild(tensors))
 
     async def _on_host(self, work: Callable[[Any], Any], value: Any, *, blame_request: bool) -> Any:
         """Run host work on the pool; an error is the request's where `blame_request`, else the servable's."""
@@ -217,6 +281,17 @@ class ModelService:
                 raise BadRequest(f"the request cannot be read: {kind}: {message}") from error
             logger.exception("the servable failed")
             raise ModelFailed(f"the servable failed: {kind}") from error
+
+
+async def _gather(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Return the results of all calls; the first that raises, and a cancellation, ends the others."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _misfit(info: TensorInfo, shape: tuple[int, ...], tensor: torch.Tensor) -> BadRequest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from deployments.checkpoint import TextCheckpoint, read_text
 from deployments.errors import BadRequest
-from deployments.servable import Servable
+from deployments.servable import Encoder, Servable
 from optim.shapes import Inputs
 
 #: The checkpoint that comes as a package: all-MiniLM-L6-v2 with its tokenizer.
@@ -20,7 +21,7 @@ PACKAGED = "all-MiniLM-L6-v2"
 _POOLING = ("cls", "mean", "max", "mean_sqrt_len_tokens")
 
 
-class SentenceEncoder(Servable):
+class SentenceEncoder(Encoder):
     """Embeds a text as sentence-transformers does: tokenizer, network, pooling, length 1 where the checkpoint says so.
 
     `checkpoint` is a folder of sentence-transformers' layout (config.json, safetensors, a fast tokenizer, and
@@ -54,6 +55,10 @@ class SentenceEncoder(Servable):
         if pair is not None:
             raise BadRequest("`text_pair` is for classifiers; an encoder embeds one text")
         return self._checkpoint.encode(text.lower() if self._lower else text)
+
+    def read_tokens(self, tokens: Sequence[int]) -> Inputs:
+        """Take token ids as they are, special ones included. -> [T] each."""
+        return self._checkpoint.take(tokens)
 
     def postprocess(self, output: torch.Tensor) -> list[float]:
         """Return the embedding. [D] -> D floats."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -13,14 +12,18 @@ from starlette.types import Message
 from deployments.errors import (
     BadRequest,
     BodyTooLarge,
+    BodyTooSlow,
     DeadlineExceeded,
     ModelFailed,
     ModelNotFound,
     NotReady,
     Overloaded,
     RequestError,
+    Unauthorized,
+    UnsupportedEncoding,
     VersionNotFound,
 )
+from deployments.messages import read_json
 from deployments.service import ModelService
 
 #: TorchServe's exception names, by our errors; 405 and unknown paths come from routing.
@@ -33,6 +36,9 @@ _TYPES: dict[type[RequestError], str] = {
     Overloaded: "ServiceUnavailableException",
     NotReady: "ServiceUnavailableException",
     ModelFailed: "InternalServerException",
+    BodyTooSlow: "RequestTimeoutException",
+    UnsupportedEncoding: "UnsupportedMediaTypeException",
+    Unauthorized: "InvalidKeyException",
 }
 _TYPES_BY_STATUS = {404: "ResourceNotFoundException", 405: "MethodNotAllowedException", 400: "BadRequestException"}
 
@@ -54,10 +60,7 @@ async def decode_payload(request: Request, body: bytes) -> Any:
 def _decode(content_type: str, body: bytes) -> Any:
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/json":
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the body is not JSON: {error}") from error
+        return read_json(body, with_nan=True)  # Python's clients write it, TorchServe read it
     if kind.startswith("text/"):
         try:
             return body.decode()

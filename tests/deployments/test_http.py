@@ -142,7 +142,9 @@ def test_infer_with_nested_and_flat_data(client: TestClient, data: Any) -> None:
         (infer_body(shape=[16, 1]), "expected float32 [-1, 8], got float32 [16, 1]"),
         (infer_body(shape=[True, 16]), "inputs[0].shape"),
         (infer_body(datatype="FP33"), "'FP33' is not one of BOOL"),
-        (infer_body(datatype="BYTES"), "'BYTES' is not one of"),
+        (infer_body(datatype="BYTES"), "elements of BYTES are text"),
+        (infer_body(datatype="BYTES", data=["x"] * 16), "BYTES is for one input named payload"),
+        (infer_body(datatype="BF16"), "BF16 has a binary form only"),
         (infer_body(datatype="FP64"), "expected float32 [-1, 8], got float64 [2, 8]"),
         (infer_body(datatype="INT8"), "values are not INT8"),
         (infer_body(data=[["a"] * 8] * 2), "values are not FP32"),
@@ -191,9 +193,14 @@ def test_health_tells_of_a_model_that_cannot_answer_any_more() -> None:
         assert client.get("/v2/health/live").json() == {"live": True}
 
 
-def test_a_reply_that_json_cannot_carry_is_an_error_and_not_broken_json(client: TestClient) -> None:
-    body = infer_body(data=[[float("nan")] * 8] * 2)
-    reply = client.post("/v2/models/tiny/infer", content=json.dumps(body))
+def test_what_json_cannot_carry_is_an_error_and_not_broken_json(client: TestClient) -> None:
+    nan = [[float("nan")] * 8] * 2
+    reply = client.post("/v2/models/tiny/infer", content=json.dumps(infer_body(data=nan)))
+    assert reply.status_code == 400
+    assert "NaN is no JSON value" in reply.json()["error"]
+    # TorchServe read what Python writes; a figure that is missing has no answer that JSON could carry.
+    headers = {"content-type": "application/json"}
+    reply = client.post("/predictions/tiny", content=json.dumps(nan[0]), headers=headers)
     assert reply.status_code == 500
-    assert "JSON cannot carry" in reply.json()["error"]
+    assert "JSON cannot carry" in reply.json()["message"]
     assert client.post("/v2/models/tiny/infer", json=infer_body()).status_code == 200

@@ -99,3 +99,29 @@ class PickyServable(Servable):
 
     def preprocess(self, payload: Any) -> Inputs:
         return (torch.tensor(payload, dtype=torch.float32),)
+
+
+class _Mix(nn.Module):
+    """Doubles, negates or counts on, each input by its dtype. [B, 4], [B, 4], [B], [B] -> the same."""
+
+    def forward(
+        self, half: torch.Tensor, brain: torch.Tensor, flag: torch.Tensor, count: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return half * 2, brain * 2, ~flag, count + 1
+
+
+class Mixed(Servable):
+    """Four dtypes in, the same four out; over /predictions only the number counts."""
+
+    output_names = ("half_out", "brain_out", "flag_out", "count_out")
+
+    def load(self) -> nn.Module:
+        return _Mix().eval()
+
+    def example(self, batch_size: int, length: int | None) -> Inputs:
+        values = torch.arange(batch_size * 4).reshape(batch_size, 4)
+        return values.half(), values.bfloat16(), values[:, 0] > 4, values[:, 0].clone()
+
+    def preprocess(self, payload: Any) -> Inputs:
+        number = int(payload)
+        return torch.full((4,), number).half(), torch.zeros(4).bfloat16(), torch.tensor(True), torch.tensor(number)

@@ -1,0 +1,173 @@
+"""Datatypes of the Open Inference Protocol: tensors from and to JSON values and raw little-endian bytes."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from deployments.errors import BadRequest
+
+Array = np.ndarray[Any, Any]
+#: Datatypes that numpy knows. BF16 exists in binary form only (as torch.bfloat16); BYTES is no tensor's dtype.
+NUMPY_TYPES: dict[str, type[np.generic]] = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "UINT32": np.uint32,
+    "UINT64": np.uint64,
+    "INT8": np.int8,
+    "INT16": np.int16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP16": np.float16,
+    "FP32": np.float32,
+    "FP64": np.float64,
+}
+DATATYPES = (*NUMPY_TYPES, "BF16", "BYTES")
+_NAMES = {np.dtype(kind): name for name, kind in NUMPY_TYPES.items()}
+_SIZES = {**{name: np.dtype(kind).itemsize for name, kind in NUMPY_TYPES.items()}, "BF16": 2}
+
+
+def datatype(dtype: torch.dtype) -> str:
+    """Return the protocol's name of a dtype."""
+    if dtype == torch.bfloat16:
+        return "BF16"
+    return _NAMES[torch.empty(0, dtype=dtype).numpy().dtype]
+
+
+def from_json(path: str, data: Any, kind: str, shape: Sequence[int]) -> Array | list[Any]:
+    """Return the tensor that nested or flat lists hold; of BYTES the elements, as text or bytes.
+
+    BadRequest, naming `path`, where the values are not of the datatype, or do not fill the shape.
+    """
+    if not isinstance(data, list):
+        raise BadRequest(f"{path}.data: a list is needed")
+    if kind == "BF16":
+        raise BadRequest(f"{path}.datatype: BF16 has a binary form only (binary_data_size)")
+    if kind == "BYTES":
+        elements = _flatten(data)
+        if not all(isinstance(element, str) for element in elements):
+            raise BadRequest(f"{path}.data: elements of BYTES are text in JSON; bytes go in the binary form")
+        _check_count(path, len(elements), shape)
+        return elements
+    flat = _to_array(path, data, NUMPY_TYPES[kind])
+    _check_count(path, flat.size, shape)
+    return _reshape(path, flat, shape)
+
+
+def from_bytes(path: str, raw: memoryview, kind: str, shape: Sequence[int]) -> Array | torch.Tensor | list[bytes]:
+    """Return a view of raw little-endian data as a tensor (a copy where it is not aligned); of BYTES the elements.
+
+    BadRequest, naming `path`, where the bytes do not fill the shape.
+    """
+    if kind == "BYTES":
+        elements = _split(path, raw)
+        _check_count(path, len(elements), shape)
+        return elements
+    size, count = _SIZES[kind], math.prod(shape)
+    if len(raw) != size * count:
+        raise BadRequest(
+            f"{path}: {len(raw)} bytes do not fill {kind} {list(shape)}, which takes {size * count} ({size} each)"
+        )
+    array = _reshape(path, np.frombuffer(raw, NUMPY_TYPES.get(kind, np.int16)), shape)
+    if kind == "BOOL" and array.size and int(array.view(np.uint8).max()) > 1:
+        raise BadRequest(f"{path}: bytes of BOOL are 0 or 1")
+    array = np.require(array, requirements=("A", "W"))
+    return torch.from_numpy(array).view(torch.bfloat16) if kind == "BF16" else array
+
+
+def to_bytes(value: torch.Tensor | Sequence[bytes]) -> tuple[str, list[int], memoryview | bytes]:
+    """Return datatype, shape and raw little-endian data of a tensor on the CPU, or of elements of BYTES."""
+    if not isinstance(value, torch.Tensor):
+        parts = [part for element in value for part in (struct.pack("<I", len(element)), element)]
+        return "BYTES", [len(value)], b"".join(parts)
+    kind, shape = datatype(value.dtype), list(value.shape)
+    flat = value.contiguous().reshape(-1)
+    array = (flat.view(torch.int16) if kind == "BF16" else flat).numpy()
+    return kind, shape, array.data.cast("B") if array.size else b""
+
+
+def to_json(value: torch.Tensor | Sequence[bytes]) -> tuple[str, list[int], list[Any]]:
+    """Return datatype, shape and flat data for JSON: BF16 becomes FP32, elements of BYTES text.
+
+    BadRequest where JSON cannot carry the values, which the binary form can.
+    """
+    if not isinstance(value, torch.Tensor):
+        try:
+            return "BYTES", [len(value)], [element.decode() for element in value]
+        except UnicodeDecodeError as error:
+            raise BadRequest(f"the output is not text: ask for it in binary form (binary_data): {error}") from error
+    tensor = value.float() if value.dtype == torch.bfloat16 else value
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise BadRequest(
+            "the output for these inputs has NaN or infinity, which JSON cannot carry: ask for the binary form "
+            "(binary_data)"
+        )
+    return datatype(tensor.dtype), list(tensor.shape), tensor.reshape(-1).tolist()
+
+
+def _flatten(data: list[Any]) -> list[Any]:
+    """Return the elements of nested lists, in their order."""
+    found: list[Any] = []
+    waiting = [iter(data)]
+    while waiting:
+        for element in waiting[-1]:
+            if isinstance(element, list):
+                waiting.append(iter(element))
+                break
+            found.append(element)
+        else:
+            waiting.pop()
+    return found
+
+
+def _split(path: str, raw: memoryview) -> list[bytes]:
+    """Return the elements of BYTES: each has its length before it, four bytes."""
+    elements: list[bytes] = []
+    at = 0
+    while at < len(raw):
+        if at + 4 > len(raw):
+            raise BadRequest(f"{path}: {len(raw) - at} bytes are left where an element's length of 4 should be")
+        (length,) = struct.unpack_from("<I", raw, at)
+        at += 4
+        if at + length > len(raw):
+            raise BadRequest(f"{path}: an element of {length} bytes is announced, {len(raw) - at} are left")
+        elements.append(bytes(raw[at : at + length]))
+        at += length
+    return elements
+
+
+def _check_count(path: str, count: int, shape: Sequence[int]) -> None:
+    if count != math.prod(shape):
+        raise BadRequest(f"{path}.data: {count} values do not fill the shape {list(shape)}")
+
+
+def _reshape(path: str, flat: Array, shape: Sequence[int]) -> Array:
+    try:
+        return flat.reshape(shape)
+    except (ValueError, OverflowError) as error:  # no elements, and beside the 0 sizes beyond what an array may have
+        raise BadRequest(f"{path}.shape: {list(shape)} is not allowed: {error}") from error
+
+
+def _to_array(path: str, data: list[Any], kind: type[np.generic]) -> Array:
+    """Turn nested or flat lists into an array, refusing values that the datatype would change."""
+    try:
+        raw = np.asarray(data)
+    except (ValueError, OverflowError) as error:  # rows of different lengths, or numbers beyond 64 bits
+        raise BadRequest(f"{path}.data: not a tensor: {error}") from error
+    if not raw.size:
+        return np.empty(0, kind)
+    allowed = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[np.dtype(kind).kind]
+    if raw.dtype.kind not in allowed:
+        raise BadRequest(f"{path}.data: {raw.dtype} values are not {_NAMES[np.dtype(kind)]}")
+    if np.dtype(kind).kind in "iu" and raw.size:
+        limits = np.iinfo(kind)  # type: ignore[type-var]
+        if int(raw.min()) < limits.min or int(raw.max()) > limits.max:
+            raise BadRequest(f"{path}.data: values must lie between {limits.min} and {limits.max}")
+    with np.errstate(over="ignore"):
+        return raw.reshape(-1).astype(kind)

@@ -1,0 +1,135 @@
+"""OpenAI's API for embeddings: what its clients send, and the replies and errors they read."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from deployments.errors import (
+    BadRequest,
+    ModelNotFound,
+    Overloaded,
+    RequestError,
+    Unauthorized,
+    Unsupported,
+)
+from deployments.servable import Encoder
+from deployments.service import ModelService
+
+_KEYS = ("input", "model", "encoding_format", "dimensions", "user")
+_FORMATS = ("float", "base64")
+#: `code` of an error; the SDKs decide by status, people by this.
+_CODES: dict[type[RequestError], str] = {
+    ModelNotFound: "model_not_found",
+    Unauthorized: "invalid_api_key",
+    Overloaded: "overloaded",
+    Unsupported: "unsupported",
+}
+
+
+@dataclass(frozen=True)
+class EmbeddingsRequest:
+    """What a request to /v1/embeddings asks for: texts, or token ids in their place."""
+
+    inputs: list[Any]
+    model: str
+    base64: bool = False
+    dimensions: int | None = None
+
+
+def error_body(error: RequestError, status: int) -> dict[str, Any]:
+    """Return the error as OpenAI writes it; `param` is the field that the message begins with."""
+    named = re.match(rf"({'|'.join(_KEYS)})\b", str(error))
+    return {
+        "error": {
+            "message": str(error),
+            "type": "invalid_request_error" if status < 500 else "server_error",
+            "param": named[1] if named and isinstance(error, BadRequest) else None,
+            "code": _CODES.get(type(error)),
+        }
+    }
+
+
+def describe_model(service: ModelService) -> dict[str, Any]:
+    """Return the reply to GET /v1/models/{model}."""
+    return {"id": service.name, "object": "model", "created": service.started, "owned_by": "pt2-serve"}
+
+
+def parse_request(message: Any) -> EmbeddingsRequest:
+    """Check a request to /v1/embeddings; BadRequest names the field, the value and what is allowed."""
+    if not isinstance(message, Mapping):
+        raise BadRequest("the body must be a JSON object")
+    unknown = [key for key in message if key not in _KEYS]
+    if unknown:
+        raise BadRequest(f"{', '.join(unknown)}: unknown here; allowed are {', '.join(_KEYS)}")
+    model = message.get("model")
+    if not isinstance(model, str):
+        raise BadRequest(f"model: {model!r} is not the name of a model")
+    encoding = message.get("encoding_format")
+    if encoding is not None and encoding not in _FORMATS:
+        raise BadRequest(f"encoding_format: {encoding!r} is not one of {', '.join(_FORMATS)}")
+    dimensions = message.get("dimensions")
+    if dimensions is not None and (not _is_whole(dimensions) or dimensions < 1):
+        raise BadRequest(f"dimensions: {dimensions!r} is not a whole number from 1")
+    return EmbeddingsRequest(_parse_input(message.get("input")), model, encoding == "base64", dimensions)
+
+
+def _parse_input(given: Any) -> list[Any]:
+    """Return the list of texts or of lists of token ids that `input` is short for."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, list) and given:
+        if all(isinstance(item, str) for item in given):
+            return given
+        if _are_tokens(given):
+            return [given]
+        if all(isinstance(item, list) and item and _are_tokens(item) for item in given):
+            return given
+    raise BadRequest("input: a text, a list of texts, a list of token ids, or a list of those is needed, none empty")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_tokens(items: list[Any]) -> bool:
+    return all(map(_is_whole, items))
+
+
+async def embed(service: ModelService, wanted: EmbeddingsRequest, **how: Any) -> dict[str, Any]:
+    """Return the reply to a request; `how` goes to `ModelService.run_payloads`."""
+    encoder = service.servable
+    assert isinstance(encoder, Encoder)
+    width = service.outputs[0].shape[-1]
+    if (wanted.dimensions or 1) > width:
+        raise BadRequest(f"dimensions: {wanted.dimensions} is more than the {width} that the model has")
+    counts: list[int] = []
+
+    def read(item: str | Sequence[int]) -> Any:
+        inputs = encoder.preprocess(item) if isinstance(item, str) else encoder.read_tokens(item)
+        counts.append(encoder.count_tokens(inputs))
+        return inputs
+
+    outputs = await service.run_payloads(wanted.inputs, path="input", preprocess=read, **how)
+    embeddings = next(iter(outputs.values())).float()  # [N, D]
+    if wanted.dimensions is not None:  # the first of them, at length 1, as OpenAI's own models do it
+        embeddings = torch.nn.functional.normalize(embeddings[:, : wanted.dimensions], dim=1)
+    rows = embeddings.numpy().astype("<f4", copy=False)
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": i, "embedding": _write(row, wanted.base64)} for i, row in enumerate(rows)
+        ],
+        "model": wanted.model,
+        "usage": {"prompt_tokens": sum(counts), "total_tokens": sum(counts)},
+    }
+
+
+def _write(row: np.ndarray[Any, Any], as_base64: bool) -> Any:
+    return base64.b64encode(row.tobytes()).decode() if as_base64 else row.tolist()
