@@ -30,6 +30,8 @@ NUMPY_TYPES: dict[str, type[np.generic]] = {
 }
 DATATYPES = (*NUMPY_TYPES, "BF16", "BYTES")
 _NAMES = {np.dtype(kind): name for name, kind in NUMPY_TYPES.items()}
+_MAX_DIMENSIONS = 16
+_MAX_SIZE = 2**31 - 1
 _SIZES = {**{name: np.dtype(kind).itemsize for name, kind in NUMPY_TYPES.items()}, "BF16": 2}
 
 
@@ -40,8 +42,19 @@ def datatype(dtype: torch.dtype) -> str:
     return _NAMES[torch.empty(0, dtype=dtype).numpy().dtype]
 
 
+def check_shape(path: str, shape: Any) -> list[int]:
+    """Return a tensor's shape; BadRequest where it is none."""
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MAX_DIMENSIONS
+        or not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s <= _MAX_SIZE for s in shape)
+    ):
+        raise BadRequest(f"{path}.shape: a list of whole numbers from 0, at most {_MAX_DIMENSIONS} of them, is needed")
+    return shape
+
+
 def from_json(path: str, data: Any, kind: str, shape: Sequence[int]) -> Array | list[Any]:
-    """Return the tensor that nested or flat lists hold; of BYTES the elements, as text or bytes.
+    """Return the tensor that nested or flat lists hold; of BYTES the elements, as text.
 
     BadRequest, naming `path`, where the values are not of the datatype, or do not fill the shape.
     """
@@ -53,9 +66,23 @@ def from_json(path: str, data: Any, kind: str, shape: Sequence[int]) -> Array | 
         elements = _flatten(data)
         if not all(isinstance(element, str) for element in elements):
             raise BadRequest(f"{path}.data: elements of BYTES are text in JSON; bytes go in the binary form")
-        _check_count(path, len(elements), shape)
-        return elements
-    flat = _to_array(path, data, NUMPY_TYPES[kind])
+        return from_values(path, elements, kind, shape)
+    try:
+        raw = np.asarray(data)
+    except (ValueError, OverflowError) as error:  # rows of different lengths, or numbers beyond 64 bits
+        raise BadRequest(f"{path}.data: not a tensor: {error}") from error
+    return from_values(path, raw, kind, shape)
+
+
+def from_values(path: str, values: Array | list[Any], kind: str, shape: Sequence[int]) -> Array | list[Any]:
+    """Return values of any number type as a tensor, refusing those that the datatype would change; BYTES as they are.
+
+    BadRequest, naming `path`, also where they do not fill the shape.
+    """
+    if isinstance(values, list):
+        _check_count(path, len(values), shape)
+        return values
+    flat = _convert(path, values, NUMPY_TYPES[kind])
     _check_count(path, flat.size, shape)
     return _reshape(path, flat, shape)
 
@@ -154,20 +181,15 @@ def _reshape(path: str, flat: Array, shape: Sequence[int]) -> Array:
         raise BadRequest(f"{path}.shape: {list(shape)} is not allowed: {error}") from error
 
 
-def _to_array(path: str, data: list[Any], kind: type[np.generic]) -> Array:
-    """Turn nested or flat lists into an array, refusing values that the datatype would change."""
-    try:
-        raw = np.asarray(data)
-    except (ValueError, OverflowError) as error:  # rows of different lengths, or numbers beyond 64 bits
-        raise BadRequest(f"{path}.data: not a tensor: {error}") from error
-    if not raw.size:
+def _convert(path: str, values: Array, kind: type[np.generic]) -> Array:
+    if not values.size:
         return np.empty(0, kind)
     allowed = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[np.dtype(kind).kind]
-    if raw.dtype.kind not in allowed:
-        raise BadRequest(f"{path}.data: {raw.dtype} values are not {_NAMES[np.dtype(kind)]}")
-    if np.dtype(kind).kind in "iu" and raw.size:
+    if values.dtype.kind not in allowed:
+        raise BadRequest(f"{path}.data: {values.dtype} values are not {_NAMES[np.dtype(kind)]}")
+    if np.dtype(kind).kind in "iu":
         limits = np.iinfo(kind)  # type: ignore[type-var]
-        if int(raw.min()) < limits.min or int(raw.max()) > limits.max:
+        if int(values.min()) < limits.min or int(values.max()) > limits.max:
             raise BadRequest(f"{path}.data: values must lie between {limits.min} and {limits.max}")
     with np.errstate(over="ignore"):
-        return raw.reshape(-1).astype(kind)
+        return values.reshape(-1).astype(kind)

@@ -16,6 +16,7 @@ from ray import serve
 from deployments.admission import Admission
 from deployments.args import ModelArgs
 from deployments.compile import compile_servable, resources
+from deployments.grpc import InferenceServicer
 from deployments.host_pool import make_host_pool
 from deployments.http import make_app
 from deployments.http_host import find_http_host
@@ -35,7 +36,7 @@ _LOGGERS = ("optim", "deployments")
 
 
 @serve.ingress()
-class ModelReplica:
+class ModelReplica(InferenceServicer):
     """One replica: one model, compiled for this replica's device, on one thread.
 
     The event loop never touches the module. Over a handle: `predict`, `infer`, `report`.

@@ -57,6 +57,12 @@ class Unauthorized(RequestError):
     status = 401
 
 
+class Forbidden(RequestError):
+    """A caller from somewhere that is not let in."""
+
+    status = 403
+
+
 class ModelFailed(RequestError):
     """The model raised on a valid request."""
 

@@ -217,11 +217,7 @@ async def _infer(service: ModelService, request: Request) -> Response:
         body = await read_body(request, service.limits, held, None if length is None else lead)
         wanted = oip.read_request(service, body, length)
         left = _time_left(request, started)
-        timeout_s = wanted.timeout_s if left is None else left
-        if wanted.payloads is None:
-            outputs = await service.run_tensors(wanted.tensors, timeout_s, held)
-        else:
-            outputs = await service.run_payloads(wanted.payloads, timeout_s, held, path=oip.PAYLOAD)
+        outputs = await oip.run(service, wanted, wanted.timeout_s if left is None else left, held)
         content, json_length = oip.write_reply(service, wanted, outputs)
     headers = {} if json_length is None else {oip.HEADER_LENGTH: str(json_length)}
     # Most libraries say of themselves that they can unpack several codings; who names a single one has asked for it.

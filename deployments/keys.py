@@ -9,8 +9,10 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote
 
 from deployments.args import AuthArgs
+from deployments.errors import Forbidden
 from optim.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class Keys:
         self._given = _digest([key for key in given if key], f"the environment's {auth.keys_env}")
         self._seen = self._stat()
         self._digests = self._given + self._read()
+        #: Ray Serve's gRPC servers listen on all interfaces, whatever `http_options.host` says.
+        self._local_only = not self._digests and auth.required is None
         required = not is_loopback(host) if auth.required is None else auth.required
         if required and not self._digests:
             why = "args.auth.required is true" if auth.required else f"http_options.host {host!r} is not loopback"
@@ -67,6 +71,15 @@ class Keys:
             for known in self._digests:
                 found |= hmac.compare_digest(digest, known)
         return found
+
+    def check_peer(self, peer: str) -> None:
+        """Raise Forbidden where a gRPC caller (as gRPC names it: `ipv4:127.0.0.1:4711`) may not even ask for a key."""
+        if not self._local_only:
+            return
+        kind, _, address = unquote(peer).partition(":")
+        host = address.rpartition(":")[0].strip("[]").removeprefix("::ffff:")
+        if kind != "unix" and not (kind in ("ipv4", "ipv6") and is_loopback(host)):
+            raise Forbidden("without API keys only callers on the same machine are answered (README, auth)")
 
     def refresh(self) -> None:
         """Read the file again where it has changed; a file that cannot be read, or is empty, changes nothing."""

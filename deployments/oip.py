@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from deployments.datatypes import DATATYPES, datatype, from_bytes, from_json, to_bytes, to_json
+from deployments.admission import Held
+from deployments.datatypes import DATATYPES, check_shape, datatype, from_bytes, from_json, to_bytes, to_json
 from deployments.errors import BadRequest, RequestError, Unsupported
 from deployments.messages import read_json, to_json_bytes
 from deployments.service import ModelService
@@ -18,8 +19,6 @@ from deployments.service import ModelService
 HEADER_LENGTH = "inference-header-content-length"
 #: The BYTES input that stands for requests as /predictions takes them: photos, texts. Any servable has it.
 PAYLOAD = "payload"
-_MAX_DIMENSIONS = 16
-_MAX_SIZE = 2**31 - 1
 #: Extensions of Triton that change what an answer is; a client that asks for them must not be answered without.
 _UNSUPPORTED = ("shared_memory_region", "classification", "sequence_id")
 
@@ -108,7 +107,7 @@ def parse_request(message: Any, raw: memoryview) -> InferRequest:
     identity = message.get("id")
     if identity is not None and not isinstance(identity, str):
         raise BadRequest(f"id: {identity!r} is not text")
-    parameters = _read_parameters("parameters", message.get("parameters"))
+    parameters = read_parameters("parameters", message.get("parameters"))
     given = message.get("inputs")
     if not isinstance(given, list) or not given:
         raise BadRequest("inputs: a list with at least one tensor is needed")
@@ -122,18 +121,18 @@ def parse_request(message: Any, raw: memoryview) -> InferRequest:
         tensors[name], kinds[name] = value, kind
     if len(raw):
         raise BadRequest(f"{len(raw)} bytes are left behind the binary data of the inputs")
-    payloads = _take_payloads(tensors, kinds)
+    payloads = take_payloads(tensors, kinds)
     return InferRequest(
         tensors,
         payloads,
         _parse_outputs(message.get("outputs") or [], binary := _flag("parameters", parameters, "binary_data_output")),
         binary,
         identity,
-        _parse_timeout(parameters),
+        parse_timeout(parameters),
     )
 
 
-def _take_payloads(tensors: dict[str, Any], kinds: Mapping[str, str]) -> list[Any] | None:
+def take_payloads(tensors: dict[str, Any], kinds: Mapping[str, str]) -> list[Any] | None:
     """Return the elements of the input `payload`, if that is what is given; BYTES goes nowhere else."""
     texts = [name for name, kind in kinds.items() if kind == "BYTES"]
     if not texts:
@@ -150,18 +149,13 @@ def _parse_tensor(path: str, tensor: Any, raw: memoryview) -> tuple[str, str, An
     """Return an input's name, datatype and value, and the binary data that is left for the others."""
     if not isinstance(tensor, Mapping):
         raise BadRequest(f"{path}: an object is needed")
-    name, shape, kind = tensor.get("name"), tensor.get("shape"), tensor.get("datatype")
+    name, kind = tensor.get("name"), tensor.get("datatype")
     if not isinstance(name, str):
         raise BadRequest(f"{path}.name: text is needed")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > _MAX_DIMENSIONS
-        or not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s <= _MAX_SIZE for s in shape)
-    ):
-        raise BadRequest(f"{path}.shape: a list of whole numbers from 0, at most {_MAX_DIMENSIONS} of them, is needed")
+    shape = check_shape(path, tensor.get("shape"))
     if not isinstance(kind, str) or kind not in DATATYPES:
         raise BadRequest(f"{path}.datatype: {kind!r} is not one of {', '.join(DATATYPES)}")
-    parameters = _read_parameters(f"{path}.parameters", tensor.get("parameters"))
+    parameters = read_parameters(f"{path}.parameters", tensor.get("parameters"))
     size = parameters.get("binary_data_size")
     if size is None:
         if "data" not in tensor:
@@ -182,11 +176,12 @@ def _parse_outputs(given: Any, binary: bool) -> dict[str, bool]:
     outputs = {}
     for index, output in enumerate(given):
         path = f"outputs[{index}].parameters"
-        outputs[output["name"]] = _flag(path, _read_parameters(path, output.get("parameters")), "binary_data", binary)
+        outputs[output["name"]] = _flag(path, read_parameters(path, output.get("parameters")), "binary_data", binary)
     return outputs
 
 
-def _read_parameters(path: str, given: Any) -> Mapping[str, Any]:
+def read_parameters(path: str, given: Any) -> Mapping[str, Any]:
+    """Return parameters of a request, of a tensor or of an output; Unsupported for those of Triton's own extensions."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -204,12 +199,29 @@ def _flag(path: str, parameters: Mapping[str, Any], name: str, default: bool = F
     return value
 
 
-def _parse_timeout(parameters: Mapping[str, Any]) -> float | None:
+def parse_timeout(parameters: Mapping[str, Any]) -> float | None:
     """Return Triton's `timeout`, whole microseconds (0: none), in seconds."""
     value = parameters.get("timeout", 0)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
         raise BadRequest(f"parameters.timeout: {value!r} is not a whole number of microseconds")
     return value / 1e6 or None
+
+
+async def run(
+    service: ModelService, request: InferRequest, timeout_s: float | None, held: Held
+) -> dict[str, torch.Tensor]:
+    """Return the model's outputs, by name, for what a request has."""
+    if request.payloads is None:
+        return await service.run_tensors(request.tensors, timeout_s, held)
+    return await service.run_payloads(request.payloads, timeout_s, held, path=PAYLOAD)
+
+
+def pick_outputs(request: InferRequest, outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the outputs that are asked for; BadRequest for one that the model lacks."""
+    for name in request.outputs:
+        if name not in outputs:
+            raise BadRequest(f"outputs: the model has {', '.join(outputs)}, not {name!r}")
+    return {name: outputs[name] for name in request.outputs or outputs}
 
 
 def write_reply(
@@ -219,20 +231,17 @@ def write_reply(
 
     BadRequest where an output is asked for that the model lacks, or that JSON cannot carry.
     """
-    wanted = request.outputs or dict.fromkeys(outputs, request.binary)
     tensors: list[dict[str, Any]] = []
     buffers: list[memoryview | bytes] = []
-    for name, binary in wanted.items():
-        if name not in outputs:
-            raise BadRequest(f"outputs: the model has {', '.join(outputs)}, not {name!r}")
-        if binary:
-            kind, shape, raw = to_bytes(outputs[name])
+    for name, value in pick_outputs(request, outputs).items():
+        if request.outputs.get(name, request.binary):
+            kind, shape, raw = to_bytes(value)
             buffers.append(raw)
             tensors.append(
                 {"name": name, "datatype": kind, "shape": shape, "parameters": {"binary_data_size": len(raw)}}
             )
         else:
-            kind, shape, data = to_json(outputs[name])
+            kind, shape, data = to_json(value)
             tensors.append({"name": name, "datatype": kind, "shape": shape, "data": data})
     reply: dict[str, Any] = {"model_name": service.name, "model_version": service.version}
     if request.id is not None:

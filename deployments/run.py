@@ -45,6 +45,8 @@ def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str
         # often which log files there are, where there are more than so many, else twice a second (README, "The hop").
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+        # Ray's own limit for a gRPC message, which is in memory before we see it, is 2 GiB.
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 1024 * 1024),
         # Three missed checks replace a proxy that died: after 8 s, not 25.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         **environment,
