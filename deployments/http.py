@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from deployments import oip, openai, torchserve
+from deployments import oip, openai, openapi, torchserve
 from deployments.body import PACKED, discard, pack, read_body
 from deployments.errors import (
     BadRequest,
@@ -38,6 +38,7 @@ Handler = Callable[[ModelService, Request], Awaitable[Response]]
 def make_app(service: ModelService, keys: Keys | None = None) -> Starlette:
     """Return the ASGI application that answers for one model; without `keys` it lets everybody in."""
     endpoints: list[tuple[str, str, Handler]] = [
+        ("GET", "/openapi.json", _openapi),
         ("GET", "/ping", _ping),
         ("POST PUT", "/predictions/{model}", _predict),  # PUT is what TorchServe's own `curl -T photo.jpg` sends
         ("POST PUT", "/predictions/{model}/{version}", _predict),
@@ -60,7 +61,9 @@ def make_app(service: ModelService, keys: Keys | None = None) -> Starlette:
     routes = [
         Route(path, _guard(service, handler, keys), methods=methods.split()) for methods, path, handler in endpoints
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _routing_error})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _routing_error})
+    app.router.redirect_slashes = False  # it would send clients to wherever their Host header says
+    return app
 
 
 def _guard(service: ModelService, handler: Handler, keys: Keys | None) -> Callable[[Request], Awaitable[Response]]:
@@ -159,6 +162,10 @@ async def _ping(service: ModelService, request: Request) -> Response:
     if service.failure() is not None:
         return _json({"status": "Unhealthy"}, 500)
     return _json({"status": "Healthy"})
+
+
+async def _openapi(service: ModelService, request: Request) -> Response:
+    return _json(openapi.describe(service))
 
 
 async def _predict(service: ModelService, request: Request) -> Response:
