@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ _MAX_SIZE = 2**31 - 1
 _SIZES = {**{name: np.dtype(kind).itemsize for name, kind in NUMPY_TYPES.items()}, "BF16": 2}
 
 
+@lru_cache
 def datatype(dtype: torch.dtype) -> str:
     """Return the protocol's name of a dtype."""
     if dtype == torch.bfloat16:
@@ -130,12 +132,13 @@ def to_json(value: torch.Tensor | Sequence[bytes]) -> tuple[str, list[int], list
         except UnicodeDecodeError as error:
             raise BadRequest(f"the output is not text: ask for it in binary form (binary_data): {error}") from error
     tensor = value.float() if value.dtype == torch.bfloat16 else value
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    array = tensor.numpy()  # NumPy looks at a few figures in a tenth of torch's time
+    if tensor.is_floating_point() and not np.isfinite(array).all():
         raise BadRequest(
             "the output for these inputs has NaN or infinity, which JSON cannot carry: ask for the binary form "
             "(binary_data)"
         )
-    return datatype(tensor.dtype), list(tensor.shape), tensor.reshape(-1).tolist()
+    return datatype(tensor.dtype), list(tensor.shape), array.reshape(-1).tolist()
 
 
 def _flatten(data: list[Any]) -> list[Any]:

@@ -29,11 +29,15 @@ _PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT"
 _LONGEST_BASE = 107 - len("/65535/") - 56 - len("/metrics.sock")
 
 
-def make_environment(port: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for `serve run` on an HTTP port; what the caller has set stays as it is.
+def make_environment(port: int, environment: Mapping[str, str], *, tls: bool = False) -> dict[str, str]:
+    """Return the environment for `serve run` on an HTTP(S) port; what the caller has set stays as it is.
 
     Raises OSError where the folder for HAProxy's files cannot be made, or is somebody else's.
     """
+    if tls and "RAY_SERVE_ENABLE_HA_PROXY" not in environment:
+        # Ray Serve's configuration of HAProxy has no TLS: its frontend would speak HTTP, and ask replicas that do not.
+        print("http_options.ssl_certfile: serving HTTPS through Ray's Python proxy, not HAProxy", file=sys.stderr)
+        environment = {**environment, "RAY_SERVE_ENABLE_HA_PROXY": "0"}
     made = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # The replica's event loop answers HTTP itself: a second loop beside it costs a hop between threads.
@@ -137,9 +141,9 @@ def main(arguments: list[str]) -> int:
     if check([path]):
         return 1
     config = yaml.safe_load(Path(path).read_text())
-    port = (config.get("http_options") or {}).get("port", 8000)
+    options = config.get("http_options") or {}
     program = Path(sys.executable).with_name("serve")
-    environment = make_environment(port, os.environ)
+    environment = make_environment(options.get("port", 8000), os.environ, tls=bool(options.get("ssl_certfile")))
     if SERVING in environment:  # Ray's own processes inherit it, and its workers
         os.setpriority(os.PRIO_PROCESS, 0, int(environment[SERVING]) + NICER)
     os.execve(program, [str(program), "run", path, *rest], environment)

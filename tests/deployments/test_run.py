@@ -64,6 +64,13 @@ def test_ray_gives_way_to_what_serves_only_where_that_can_come_forward(
         assert found.get(SERVING) == (str(os.getpriority(os.PRIO_PROCESS, 0)) if may_come_back else None)
 
 
+def test_tls_takes_the_way_that_has_it(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_environment(8123, {}, tls=True)["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    assert "ssl_certfile: serving HTTPS through Ray's Python proxy" in capsys.readouterr().err
+    own = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+    assert make_environment(8123, own, tls=True)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+
+
 def test_ray_looks_less_often_whether_there_is_something_to_do_unless_told_otherwise(temporary: Path) -> None:
     assert make_environment(8123, {})["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "0.5"
     own = make_environment(8123, {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1"})

@@ -42,6 +42,8 @@ ROW = json.dumps([0.5, -1, 2, 0, 1, 3, -2, 0.25]).encode()
 JSON = {"Content-Type": "application/json"}
 #: Where HAProxy's statistics and metrics go.
 STATS, METRICS = "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"
+#: What the model `broken` asks for.
+KEY = {"Authorization": "Bearer a-key-for-these-tests"}
 EAGER = {"compile": {"enable": False}}
 SMALL_MODELS = [
     make_application(
@@ -51,7 +53,14 @@ SMALL_MODELS = [
             "pt2": {"compile": {"backend": "pt2test_faithful", "only_if_faster": False}},
         },
     ),
-    make_application("broken", {"model": "tests.support.servables:Tiny", "pt2": "pt2test_raises_at_call"}),
+    make_application(
+        "broken",
+        {
+            "model": "tests.support.servables:Tiny",
+            "pt2": "pt2test_raises_at_call",
+            "auth": {"keys_env": "PT2_E2E_KEYS"},
+        },
+    ),
     make_application("behind", {"model": "tests.support.servables:Tiny", "pt2": EAGER}, max_surge_percent=100),
     make_application("rolling", {"model": "tests.support.servables:Rolling", "pt2": EAGER}, max_surge_percent=100),
     make_application(
@@ -109,6 +118,7 @@ class Server:
 
     process: subprocess.Popen[bytes]
     port: int
+    grpc_port: int
     config: Path
     log: Path
     env: dict[str, str]
@@ -162,9 +172,9 @@ def haproxy_folder(port: int) -> Path:
     return Path(tempfile.gettempdir()) / f"pt2-serve-{os.getuid()}" / str(port)
 
 
-def describe(server: Server, path: str) -> dict[str, Any]:
+def describe(server: Server, path: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
     """Return the compile report that a model's description holds."""
-    status, _, body = server.request(path)
+    status, _, body = server.request(path, headers=headers)
     assert status == 200
     (description,) = json.loads(body)
     report: dict[str, Any] = description["compileReport"]
@@ -219,6 +229,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("e2e")
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
+    grpc_port = config["grpc_options"]["port"] = free_port()
+    for application in config["applications"]:  # the race is as it is shipped, only shorter
+        application["args"]["pt2"]["tune"]["budget_s"] = 10
     config["applications"] += SMALL_MODELS
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -226,6 +239,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # Not under pytest's folder: Ray's sockets lie in it, and their paths may have 107 characters.
     ray_folder = tempfile.mkdtemp(prefix="ray-e2e-")
     env = {**os.environ, "RAY_TMPDIR": ray_folder, STATS: str(free_port()), METRICS: str(free_port())}
+    env["PT2_E2E_KEYS"] = KEY["Authorization"].removeprefix("Bearer ")
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "deployments.run", str(path)],
@@ -235,7 +249,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = Server(process, port, path, log, env)
+    server = Server(process, port, grpc_port, path, log, env)
     try:
         for application in config["applications"]:
             server.wait_until_ready(application["route_prefix"].rstrip("/"))

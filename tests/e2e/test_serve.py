@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from deployments.text import SentenceEncoder
 from deployments.vision import ImageClassifier
 from optim.device import inspect_device
-from tests.e2e.conftest import JSON, METRICS, ROOT, ROW, STATS, Server, describe, haproxy_folder, pid_of
+from tests.e2e.conftest import JSON, KEY, METRICS, ROOT, ROW, STATS, Server, describe, haproxy_folder, pid_of
 
 pytestmark = [
     pytest.mark.e2e,
@@ -156,9 +156,9 @@ def test_bad_requests(server: Server, path: str, body: bytes, status: int, kind:
 
 
 def test_a_backend_that_fails_at_first_call_costs_nobody_a_request(server: Server) -> None:
-    status, _, body = server.request("/broken/predictions/broken", ROW, JSON)
+    status, _, body = server.request("/broken/predictions/broken", ROW, {**JSON, **KEY})
     assert status == 200, body
-    report = describe(server, "/broken/models/broken")
+    report = describe(server, "/broken/models/broken", KEY)
     assert {b["engine"] for b in report["buckets"]} == {"eager"}
     for bucket in report["buckets"]:
         (refusal,) = bucket["refusals"]
@@ -225,7 +225,7 @@ def test_a_replica_whose_device_broke_says_so_and_is_replaced(server: Server) ->
 
 def test_serving_listens_on_loopback_alone(server: Server) -> None:
     listening = Path("/proc/net/tcp").read_text().splitlines()[1:] + Path("/proc/net/tcp6").read_text().splitlines()[1:]
-    ports = [server.port, int(server.env[STATS]), int(server.env[METRICS])]
+    ports = [server.port, server.grpc_port, int(server.env[STATS]), int(server.env[METRICS])]
     for port in ports:
         addresses = {
             fields[1].split(":")[0]

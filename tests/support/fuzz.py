@@ -223,6 +223,7 @@ def main(url: str, count: int = 100_000, start: int = 0) -> int:
             print(number, status, request.method, request.path[:80], body[:300], flush=True)
         if number % 10_000 == 9_999:
             print(number + 1, dict(found), flush=True)
+    client.close()
     print(dict(found), f"{wrong} wrong")
     return wrong
 

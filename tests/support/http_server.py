@@ -14,7 +14,7 @@ import uvicorn
 @contextmanager
 def listen(app: Any) -> Iterator[int]:
     """Serve the application on a thread, as a replica's own server does; yield the port."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, name="http-server")
     thread.start()
     try:
