@@ -18,10 +18,12 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.args import ModelArgs
+from deployments.gateway import parse_args
 from deployments.keys import Keys
 from optim.errors import ConfigError
 
 OUR_BUILDER = "deployments.app:build"
+OUR_GATEWAY = "deployments.gateway:build"
 
 
 def check_file(path: Path) -> list[str]:
@@ -42,6 +44,8 @@ def check_file(path: Path) -> list[str]:
             found += _unknown_keys(f"{where}.deployments[{j}]", deployment, DeploymentSchema)
         if application.get("import_path") == OUR_BUILDER:
             found += _check_application(where, application, _host(config))
+        elif application.get("import_path") == OUR_GATEWAY:
+            found += _check_gateway(where, application)
     if not found:
         try:
             ServeDeploySchema.model_validate(config)
@@ -77,6 +81,14 @@ def _check_application(where: str, application: Mapping[str, Any], host: str) ->
         except ConfigError as error:
             found.append(f"{here}.{error}")
     return found
+
+
+def _check_gateway(where: str, application: Mapping[str, Any]) -> list[str]:
+    try:
+        parse_args(application.get("args"))
+    except ConfigError as error:
+        return [f"{where}: {error}"]
+    return []
 
 
 def _unknown_keys(where: str, section: Mapping[str, Any], schema: type[BaseModel]) -> list[str]:

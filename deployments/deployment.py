@@ -15,6 +15,7 @@ from ray import serve
 
 from deployments.admission import Admission
 from deployments.args import ModelArgs
+from deployments.asgi_call import Headers, call_app
 from deployments.compile import compile_servable, resources
 from deployments.grpc import InferenceServicer
 from deployments.host_pool import make_host_pool
@@ -76,6 +77,7 @@ class ModelReplica(InferenceServicer):
             lambda: self._thread.failure,
             self._metrics.count,
         )
+        self._app = make_app(self._service, self._keys)
         # Made here and not as a decorator: its figures come from the configuration, and it cannot be shared.
         self._enter_batch = serve.batch(
             max_batch_size=max(args.batching.batch_sizes),
@@ -168,6 +170,10 @@ class ModelReplica(InferenceServicer):
         """Run tensors with a batch dimension through the model; arrays by name in and out."""
         return await self._service.infer(tensors, timeout_s)
 
+    async def answer(self, method: str, path: str, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+        """Answer an HTTP request that another application hands over; status, headers and body."""
+        return await call_app(self._app, method, path, headers, body)
+
     async def report(self) -> dict[str, Any]:
         """Return this replica's compile report."""
         return self._model.report.to_dict()
@@ -191,7 +197,7 @@ class ModelReplica(InferenceServicer):
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP application; Ray Serve calls it when the replica is ready."""
-        return make_app(self._service, self._keys)
+        return self._app
 
     async def __del__(self) -> None:
         """Answer what was accepted, then end the threads; Ray Serve calls it once requests have drained."""

@@ -1,36 +1,27 @@
-"""The HTTP application of a replica: one endpoint, one call; every error in the body its protocol's clients expect."""
+"""The HTTP application of a replica: one endpoint, one call."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments import oip, openai, openapi, torchserve
-from deployments.body import PACKED, discard, pack, read_body
-from deployments.errors import (
-    BadRequest,
-    BodyTooSlow,
-    Overloaded,
-    RequestError,
-    Unauthorized,
-    UnsupportedEncoding,
-)
+from deployments.body import PACKED, pack, read_body
+from deployments.errors import BadRequest, Unauthorized
 from deployments.keys import Keys
-from deployments.messages import read_json, to_json_bytes
+from deployments.messages import read_json
+from deployments.replies import Endpoint, guard, json_reply, routing_error
 from deployments.servable import Encoder
 from deployments.service import ModelService
 
-logger = logging.getLogger(__name__)
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 Handler = Callable[[ModelService, Request], Awaitable[Response]]
 
@@ -59,81 +50,22 @@ def make_app(service: ModelService, keys: Keys | None = None) -> Starlette:
             ("POST", f"{prefix}/infer", _infer),
         ]
     routes = [
-        Route(path, _guard(service, handler, keys), methods=methods.split()) for methods, path, handler in endpoints
+        Route(path, _endpoint(service, handler, keys), methods=methods.split()) for methods, path, handler in endpoints
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _routing_error})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: routing_error})
     app.router.redirect_slashes = False  # it would send clients to wherever their Host header says
     return app
 
 
-def _guard(service: ModelService, handler: Handler, keys: Keys | None) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(service: ModelService, handler: Handler, keys: Keys | None) -> Endpoint:
     is_open = keys is None or (handler in _HEALTH and service.args.auth.open_health)
 
     async def endpoint(request: Request) -> Response:
-        try:
-            if not (is_open or keys is None or keys.accepts(request.headers)):
-                raise Unauthorized("a key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
-            return await handler(service, request)
-        except ClientDisconnect:
-            raise
-        except RequestError as error:
-            await discard(request)
-            return _error(request, error)
-        except Exception:  # a bug of ours: the log has its traceback, the client its request id
-            logger.exception("request %s failed", _request_id(request))
-            return _error(request, RequestError(f"internal error; the log has it under request {_request_id(request)}"))
+        if not (is_open or keys is None or keys.accepts(request.headers)):
+            raise Unauthorized("a key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
+        return await handler(service, request)
 
-    return endpoint
-
-
-def _routing_error(request: Request, error: Exception) -> Response:
-    """Answer for paths and methods that no route has."""
-    assert isinstance(error, HTTPException)
-    texts = {
-        404: f"no such path: {_path(request)}",
-        405: f"{request.method} is not allowed here; use {(error.headers or {}).get('Allow', 'another method')}",
-    }
-    text = texts.get(error.status_code, str(error.detail))
-    return _error(request, RequestError(text), status=error.status_code, headers=dict(error.headers or {}))
-
-
-def _error(
-    request: Request, error: RequestError, status: int | None = None, headers: dict[str, str] | None = None
-) -> Response:
-    status = status or error.status
-    headers = headers or {}
-    if isinstance(error, Overloaded):
-        headers["Retry-After"] = str(error.retry_after_s)
-    elif isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
-    elif isinstance(error, UnsupportedEncoding):
-        headers["Accept-Encoding"] = "gzip, deflate"
-    elif isinstance(error, BodyTooSlow):
-        headers["Connection"] = "close"
-    path = _path(request)
-    if path.startswith("/v2"):
-        return _json(oip.error_body(error), status, headers)
-    if path.startswith("/v1"):
-        return _json(openai.error_body(error, status), status, headers)
-    return _json(torchserve.error_body(error, status), status, headers)
-
-
-def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    try:
-        body = to_json_bytes(content)
-    except ValueError as error:
-        raise RequestError("the reply holds NaN or infinity, which JSON cannot carry") from error
-    return Response(body, status, headers, media_type="application/json")
-
-
-def _path(request: Request) -> str:
-    """Return the path below the application's route prefix."""
-    path: str = request.scope["path"]
-    return path.removeprefix(request.scope.get("root_path", ""))
-
-
-def _request_id(request: Request) -> str:
-    return request.headers.get("x-request-id", "-")
+    return guard(endpoint)
 
 
 def _check_model(service: ModelService, request: Request) -> None:
@@ -160,12 +92,12 @@ def _time_left(request: Request, started: float) -> float | None:
 
 async def _ping(service: ModelService, request: Request) -> Response:
     if service.failure() is not None:
-        return _json({"status": "Unhealthy"}, 500)
-    return _json({"status": "Healthy"})
+        return json_reply({"status": "Unhealthy"}, 500)
+    return json_reply({"status": "Healthy"})
 
 
 async def _openapi(service: ModelService, request: Request) -> Response:
-    return _json(openapi.describe(service))
+    return json_reply(openapi.describe(service))
 
 
 async def _predict(service: ModelService, request: Request) -> Response:
@@ -179,40 +111,40 @@ async def _predict(service: ModelService, request: Request) -> Response:
         return Response(bytes(reply), media_type="application/octet-stream")
     if isinstance(reply, str):
         return Response(reply, media_type="text/plain")
-    return _json(reply)
+    return json_reply(reply)
 
 
 async def _list_models(service: ModelService, request: Request) -> Response:
-    return _json(torchserve.model_list(service))
+    return json_reply(torchserve.model_list(service))
 
 
 async def _describe_model(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
-    return _json(torchserve.model_description(service))
+    return json_reply(torchserve.model_description(service))
 
 
 async def _server_metadata(service: ModelService, request: Request) -> Response:
-    return _json(oip.server_metadata())
+    return json_reply(oip.server_metadata())
 
 
 async def _live(service: ModelService, request: Request) -> Response:
-    return _json({"live": True})
+    return json_reply({"live": True})
 
 
 async def _ready(service: ModelService, request: Request) -> Response:
     service.check_ready()
-    return _json({"ready": True})
+    return json_reply({"ready": True})
 
 
 async def _model_metadata(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
-    return _json(oip.model_metadata(service))
+    return json_reply(oip.model_metadata(service))
 
 
 async def _model_ready(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
     service.check_ready()
-    return _json({"name": service.name, "ready": True})
+    return json_reply({"name": service.name, "ready": True})
 
 
 async def _infer(service: ModelService, request: Request) -> Response:
@@ -237,12 +169,12 @@ async def _infer(service: ModelService, request: Request) -> Response:
 
 
 async def _list_openai_models(service: ModelService, request: Request) -> Response:
-    return _json({"object": "list", "data": [openai.describe_model(service)]})
+    return json_reply({"object": "list", "data": [openai.describe_model(service)]})
 
 
 async def _describe_openai_model(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
-    return _json(openai.describe_model(service))
+    return json_reply(openai.describe_model(service))
 
 
 async def _embed(service: ModelService, request: Request) -> Response:
@@ -252,7 +184,7 @@ async def _embed(service: ModelService, request: Request) -> Response:
         service.check_model(wanted.model)
         if not isinstance(service.servable, Encoder):
             raise BadRequest(f"model: {wanted.model} makes no embeddings")
-        return _json(await openai.embed(service, wanted, timeout_s=_time_left(request, started), held=held))
+        return json_reply(await openai.embed(service, wanted, timeout_s=_time_left(request, started), held=held))
 
 
 #: What answers without a key where `auth.open_health` says so.

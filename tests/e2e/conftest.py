@@ -94,7 +94,12 @@ SMALL_MODELS = [
         },
     ),
 ]
-
+GATEWAY = {
+    "name": "gateway",
+    "route_prefix": "/all",
+    "import_path": "deployments.gateway:build",
+    "deployments": [{"name": "gateway", "ray_actor_options": {"num_cpus": 0.05}}],
+}
 
 #: Deploys a configuration file with one application changed; a process of its own, since it joins the server's Ray.
 CHANGE = """
@@ -232,7 +237,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     grpc_port = config["grpc_options"]["port"] = free_port()
     for application in config["applications"]:  # the race is as it is shipped, only shorter
         application["args"]["pt2"]["tune"]["budget_s"] = 10
-    config["applications"] += SMALL_MODELS
+    config["applications"] += [*SMALL_MODELS, GATEWAY]
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     log = folder / "serve.log"

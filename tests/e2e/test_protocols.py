@@ -129,6 +129,47 @@ pixels = numpy.zeros((1, 3, 224, 224), numpy.float32)
     assert "all answered" in done.stdout, done.stderr[-3000:]
 
 
+def test_the_gateway_answers_for_every_model(server: Server, photo: Any) -> None:
+    pixels, logits = photo
+    client = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}/all")
+    assert client.is_server_live()
+    assert client.get_server_metadata()["name"] == "pt2-serve"
+    for model in ("image-classifier", "sentence-encoder", "tiny"):
+        assert client.is_model_ready(model)
+    image = triton_http.InferInput("image", [1, 3, 224, 224], "FP32")
+    image.set_data_from_numpy(pixels)
+    for coding in (None, "gzip"):
+        reply = client.infer(
+            "image-classifier", [image], request_compression_algorithm=coding, response_compression_algorithm=coding
+        )
+        assert reply.as_numpy("logits") == pytest.approx(logits, abs=2e-3)
+    with pytest.raises(InferenceServerException, match="Model not found: other") as caught:
+        client.infer("other", [image])
+    assert caught.value.status() == "404"
+    client.close()
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/all/v1", api_key="unused") as ours:
+        names = [model.id for model in ours.models.list()]
+        assert {"image-classifier", "sentence-encoder", "tiny"} <= set(names)
+        assert "broken" not in names  # it asks for a key
+        reply = ours.embeddings.create(model="sentence-encoder", input=TEXTS)
+        assert np.array([item.embedding for item in reply.data]) == pytest.approx(eagers_embeddings(), abs=1e-5)
+        with pytest.raises(openai.BadRequestError, match="tiny makes no embeddings"):
+            ours.embeddings.create(model="tiny", input="a")
+        with pytest.raises(openai.NotFoundError):
+            ours.embeddings.create(model="text-embedding-3-small", input="a")
+    key = KEY["Authorization"].removeprefix("Bearer ")
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/all/v1", api_key=key) as keyed:
+        assert "broken" in [model.id for model in keyed.models.list()]
+    status, _, body = server.request("/all/predictions/image-classifier", PHOTO)
+    assert (status, next(iter(json.loads(body)))) == (200, "tiger cat")
+    assert server.request("/all/predictions/broken", ROW, JSON)[0] == 401
+    assert server.request("/all/predictions/broken/1", ROW, {**JSON, **KEY})[0] == 200
+    status, _, body = server.request("/all/predictions/tiny/7", ROW, JSON)
+    assert (status, json.loads(body)["type"]) == (404, "ModelVersionNotFoundException")
+    assert server.request("/all/nothing")[0] == 404
+    assert server.request("/all/v1/embeddings", b"[]")[0] == 400
+
+
 def test_a_key_opens_the_model_that_asks_for_one(server: Server) -> None:
     path = "/broken/predictions/broken"
     status, headers, body = server.request(path, ROW, JSON)
