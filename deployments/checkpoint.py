@@ -13,7 +13,7 @@ from deployments.errors import BadRequest
 from optim.shapes import Inputs
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 #: Families whose position ids begin behind the padding id (transformers, modeling_roberta.py), so fewer are left.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "xmod")
@@ -21,6 +21,12 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "m
 _LENGTHS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048, 3072, 4096)
 #: What transformers' tokenizers say where they know no limit is a number far above this.
 _NO_LIMIT = 1_000_000
+
+
+#: A tokenizer reads the whole text before it cuts: 6 MB took 7 s. What is beyond these is never looked at.
+_MOST_CHARACTERS = 1_000_000
+#: Tokens behind the cut that show that the ones before it are final.
+_SPARE_TOKENS = 64
 
 
 class TextCheckpoint:
@@ -95,7 +101,8 @@ class TextCheckpoint:
     def encode(self, text: str, pair: str | None = None) -> Inputs:
         """Return the tokens of a text, or of a pair, cut to `max_length`. -> [T] each, int64."""
         assert self._tokenizer is not None, "load_tokenizer() comes first"
-        found = self._tokenizer.encode(text, pair)
+        text = text[:_MOST_CHARACTERS]
+        found = self._encode_start(text) if pair is None else self._tokenizer.encode(text, pair[:_MOST_CHARACTERS])
         columns: dict[str, Sequence[int]] = {
             "input_ids": found.ids,
             "attention_mask": found.attention_mask,
@@ -104,6 +111,19 @@ class TextCheckpoint:
         if not found.ids:
             raise BadRequest("the text has no tokens")
         return tuple(torch.tensor(columns[name], dtype=torch.int64) for name in self.input_names)
+
+    def _encode_start(self, text: str) -> Encoding:
+        """Return the encoding of a text, without looking at much more of it than its first `max_length` tokens."""
+        assert self._tokenizer is not None
+        size = 32 * self.max_length
+        while size < len(text):
+            # Between words, so that none is seen in halves; without blanks, the spare tokens make up for the last ones.
+            cut = max(text.rfind(blank, 0, size) for blank in " \n\t")
+            found = self._tokenizer.encode(text[: cut if cut > 0 else size])
+            if sum(len(rest) for rest in found.overflowing) >= _SPARE_TOKENS:
+                return found
+            size *= 8
+        return self._tokenizer.encode(text)
 
     def take(self, tokens: Sequence[int]) -> Inputs:
         """Return token ids as inputs; BadRequest where they are too many, or not in the vocabulary. -> [T] each."""

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from deployments.args import ModelArgs
+from deployments.checkpoint import TextCheckpoint
 from deployments.errors import BadRequest
 from deployments.http import make_app
 from deployments.service import ModelService
@@ -35,6 +38,13 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
+def checkpoint() -> TextCheckpoint:
+    found = TextCheckpoint(MINILM)
+    found.load_tokenizer(with_types=False)
+    return found
+
+
+@pytest.fixture(scope="module")
 def encoder() -> Iterator[ModelService]:
     args = {
         "model": "deployments.text:SentenceEncoder",
@@ -43,6 +53,41 @@ def encoder() -> Iterator[ModelService]:
     }
     with serve_locally(args) as service:
         yield service
+
+
+@given(
+    st.lists(
+        st.sampled_from(["cat", "internationalization", "x" * 150, "東京", " " * 40, "don't", "\n"]),
+        min_size=1,
+        max_size=9,
+    ),
+    st.sampled_from([" ", "", "\n"]),
+    st.sampled_from([1, 50, 1000]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_long_text_has_the_tokens_that_it_has_if_all_of_it_is_read(
+    checkpoint: TextCheckpoint, words: list[str], between: str, times: int
+) -> None:
+    text = between.join(words * times)
+    tokenizer = checkpoint._tokenizer
+    assert tokenizer is not None
+    assert checkpoint.encode(text)[0].tolist() == tokenizer.encode(text).ids
+
+
+def test_of_a_huge_text_only_the_beginning_is_read(checkpoint: TextCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    tokenizer: Any = checkpoint._tokenizer
+
+    class Counting:
+        def encode(self, text: str, pair: str | None = None) -> Any:
+            seen.append(len(text))
+            return tokenizer.encode(text, pair)
+
+    monkeypatch.setattr(checkpoint, "_tokenizer", Counting())
+    assert len(checkpoint.encode("words " * 2_000_000)[0]) == 256
+    assert sum(seen) <= 32 * 256
+    checkpoint.encode("x" * 20_000_000)  # one word, so no token behind the first shows that it is final
+    assert sum(seen) < 3_000_000
 
 
 def test_embeddings_are_sentence_transformers_own_alone_and_in_any_mix(encoder: ModelService) -> None:
