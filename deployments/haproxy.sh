@@ -3,7 +3,8 @@
 # serve` names this script in RAY_SERVE_HAPROXY_BINARY_PATH, and the real program in PT2_SERVE_HAPROXY.
 #
 # The configuration that Ray Serve 2.60 writes binds its statistics page and its metrics on all interfaces, and makes its
-# admin socket writable for every user of the machine; there is no setting for either.
+# admin socket writable for every user of the machine; there is no setting for either. Nor is there one for how long a
+# client may take to send a request's headers: an hour, while it holds a connection.
 #
 # And while Ray Serve builds a new version of an application, it does not know the replicas of the one that serves: the
 # configuration has a backend without servers, and every request takes the long way through the Python proxy (issue 5;
@@ -38,6 +39,9 @@ done
 if [ -n "$config" ]; then
     sed -e 's/^\( *bind \)[*]\{0,1\}:\([0-9]*\)$/\1127.0.0.1:\2/' -e '/^ *stats socket /s/ mode 666 / mode 600 /' \
         "$config" > "$config.closed"
+    if ! grep -q '^ *timeout http-request ' "$config.closed"; then
+        sed -i '/^defaults$/a\    timeout http-request 30s' "$config.closed"
+    fi
     if [ -f "$config.before" ] && command -v awk > /dev/null; then
         keep_servers "$config.before" "$config.closed" > "$config.kept"
         mv "$config.kept" "$config.closed"

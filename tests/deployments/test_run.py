@@ -95,6 +95,12 @@ def test_the_script_closes_what_ray_serve_leaves_open(tmp_path: Path) -> None:
         "    bind 127.0.0.1:9101\nfrontend http\n    bind 0.0.0.0:8000\n    bind ::1:8000\n"
         "listen stats\n  bind 127.0.0.1:8404\n"
     )
+    config.write_text("defaults\n    mode http\nfrontend http\n")
+    run_script(config)
+    assert config.read_text() == "defaults\n    timeout http-request 30s\n    mode http\nfrontend http\n"
+    config.write_text("defaults\n    timeout http-request 7s\n")  # a later Ray Serve may have a setting for it
+    run_script(config)
+    assert config.read_text() == "defaults\n    timeout http-request 7s\n"
     for line in ("  bind [::]:9101\n", "  bind :9101 v4v6\n"):  # a later Ray Serve may write what is not known here
         config.write_text(line)
         done = run_script(config)
