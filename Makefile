@@ -10,7 +10,7 @@ endif
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
 
-.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving bench-latency bench-hop bench-start bench-changes bench-behind ahead clean
+.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving bench-latency bench-hop bench-binary bench-start bench-changes bench-behind ahead clean
 
 install: .venv/.installed
 install-latest: .venv-latest/.installed
@@ -39,9 +39,10 @@ test: .venv/.installed
 	.venv/bin/python -m pytest tests/optim $(PYTEST_ARGS)
 	.venv/bin/python -m pytest tests/deployments tests/e2e $(PYTEST_ARGS)
 
+# Roll-outs, hot changes and protocols end to end are Ray Serve's and the clients', the same in both environments.
 test-latest: .venv-latest/.installed
 	.venv-latest/bin/python -m pytest tests/optim $(PYTEST_ARGS)
-	.venv-latest/bin/python -m pytest tests/deployments tests/e2e $(PYTEST_ARGS)
+	.venv-latest/bin/python -m pytest tests/deployments tests/e2e/test_serve.py $(PYTEST_ARGS)
 
 check: .venv/.installed
 	.venv/bin/ruff check .
@@ -53,7 +54,7 @@ format: .venv/.installed
 	.venv/bin/ruff format .
 
 # Print the README's tables of figures, measured here; about an hour.
-bench: bench-engines bench-serving bench-latency bench-hop bench-start bench-changes bench-behind
+bench: bench-engines bench-serving bench-latency bench-hop bench-binary bench-start bench-changes bench-behind
 
 bench-engines: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.engines --threads 2 --plot benchmarks/engines.png
@@ -67,6 +68,9 @@ bench-latency: .venv/.bench-installed
 
 bench-hop: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.hop
+
+bench-binary: .venv/.bench-installed
+	.venv/bin/python -W ignore -m benchmarks.binary --rounds 11
 
 bench-start: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.start --plot benchmarks/start.png

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,23 +26,15 @@ from deployments.errors import (
     VersionNotFound,
 )
 from deployments.servable import Servable, forward_names
+from deployments.tensor_info import misfit, name_tensors, to_numpy
 from optim import CompiledModel
 from optim.errors import describe
-from optim.shapes import Inputs, TensorSpec, measure
+from optim.shapes import Inputs, measure
 from optim.tree import flatten
 
 logger = logging.getLogger(__name__)
 Run = Callable[[Inputs, int, float | None], Awaitable[Any]]
 """Runs inputs of some rows until a deadline on time.monotonic's clock (None: never)."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A named input or output: dtype and shape, -1 for free dimensions."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 class ModelService:
@@ -77,8 +68,8 @@ class ModelService:
         #: Says why the model cannot answer any more, or None.
         self.failure = failure
         names = servable.input_names or forward_names(model.module, len(model.input_specs))
-        self.inputs = _infos(names, model.input_specs, "input")
-        self.outputs = _infos(servable.output_names or model.output_names, model.output_specs, "output")
+        self.inputs = name_tensors(names, model.input_specs, "input")
+        self.outputs = name_tensors(servable.output_names or model.output_names, model.output_specs, "output")
 
     def change(self, args: ModelArgs) -> None:
         """Take over changed settings: new requests meet them, those under way keep what they met."""
@@ -121,7 +112,7 @@ class ModelService:
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Run tensors as `run_tensors` does; arrays by name, bfloat16 as float32."""
         outputs = await self.run_tensors(tensors, timeout_s, held)
-        return {name: _to_numpy(tensor) for name, tensor in outputs.items()}
+        return {name: to_numpy(tensor) for name, tensor in outputs.items()}
 
     async def run_tensors(
         self, tensors: Mapping[str, Any], timeout_s: float | None = None, held: Held | None = None
@@ -240,7 +231,7 @@ class ModelService:
             value = tensors[info.name]
             tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
             if not spec.fits(tensor):
-                raise _misfit(info, info.shape, tensor)
+                raise misfit(info, info.shape, tensor)
             inputs.append(tensor)
         return tuple(inputs)
 
@@ -255,7 +246,7 @@ class ModelService:
             tensor = torch.as_tensor(item)
             batched = tensor if spec.batch_dim is None else tensor.unsqueeze(min(spec.batch_dim, tensor.dim()))
             if not spec.fits(batched):
-                raise _misfit(info, spec.row_shape(), tensor)
+                raise misfit(info, spec.row_shape(), tensor)
             inputs.append(batched)
         return tuple(inputs)
 
@@ -292,23 +283,3 @@ async def _gather(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _misfit(info: TensorInfo, shape: tuple[int, ...], tensor: torch.Tensor) -> BadRequest:
-    expected = f"{_short(info.dtype)} {list(shape)}"
-    return BadRequest(f"input {info.name}: expected {expected}, got {_short(tensor.dtype)} {list(tensor.shape)}")
-
-
-def _infos(names: Any, specs: tuple[TensorSpec, ...], kind: str) -> tuple[TensorInfo, ...]:
-    given = list(names or [])
-    if len(given) != len(specs):
-        given = [f"{kind}_{i}" for i in range(len(specs))]
-    return tuple(TensorInfo(name, spec.dtype, spec.shape) for name, spec in zip(given, specs, strict=True))
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    return tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -235,8 +235,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
     grpc_port = config["grpc_options"]["port"] = free_port()
-    for application in config["applications"]:  # the race is as it is shipped, only shorter
-        application["args"]["pt2"]["tune"]["budget_s"] = 10
     config["applications"] += [*SMALL_MODELS, GATEWAY]
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
