@@ -118,6 +118,10 @@ class Keys:
 def _digest(keys: list[str], where: str) -> list[bytes]:
     """Return the keys' digests; an error never shows a key."""
     for number, key in enumerate(keys, 1):
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                "args.auth", f"key {number} in {where}", "use keys of printable ASCII: headers carry no more"
+            )
         if len(key) < _SHORTEST:
             raise ConfigError(
                 "args.auth", f"key {number} in {where}", f"use keys of {_SHORTEST} characters or more, not {len(key)}"

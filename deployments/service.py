@@ -141,14 +141,15 @@ class ModelService:
     ) -> dict[str, torch.Tensor]:
         """Preprocess requests that came in one, run each as a row, and return the outputs of all, in their order.
 
-        No more of them wait and run at a time than two of the largest buckets hold, so that a long list does not
-        fill the queue. The first that fails ends the others; a BadRequest says which one, below `path`.
+        No more of them wait and run at a time than two of the largest buckets hold, or a quarter of the queue, so that
+        a long list leaves room for others. The first that fails ends the others; a BadRequest says which one, below
+        `path`.
         """
         if len(payloads) > self.limits.items:
             raise BadRequest(
                 f"{path}: {len(payloads)} in one request; at most {self.limits.items} are allowed (limits.items)"
             )
-        window = min(len(payloads), 2 * max(self.args.batching.batch_sizes))
+        window = min(len(payloads), 2 * max(self.args.batching.batch_sizes), max(1, self.admission.max_rows // 4))
         gate = asyncio.Semaphore(window)
         read = partial(self._read, preprocess or self.servable.preprocess)
         async with self._deadline(timeout_s) as deadline:

@@ -166,13 +166,15 @@ class Pt2Config:
         """Read any form TorchServe took, or our own; the argument is never changed.
 
         Forms: nothing; a backend's name; a flat mapping of torch.compile arguments; `{compile: {...}}`;
-        `{export: {aot_compile: true}}`. Raises ConfigError naming key, value and what is allowed.
+        `{export: {aot_compile: true}}`, or `export` for that. Raises ConfigError naming key, value and what is allowed.
         """
         ensure_cache_folder()  # the lists of backends and options are Dynamo's
         if isinstance(section, Pt2Config):
             return section
         if section is None:
             section = {}
+        if section == "export":  # what TorchServe's example of compiled artifacts said before there was `export:`
+            section = {"export": {"aot_compile": True}}
         if isinstance(section, str):
             section = {"compile": {"backend": section}}
         if not isinstance(section, Mapping):

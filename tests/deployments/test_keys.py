@@ -74,6 +74,8 @@ def test_mistakes_name_the_place_and_never_the_key(tmp_path: Path) -> None:
         Keys(AuthArgs(), "127.0.0.1", {"PT2_API_KEYS": f"{KEY},topsecret"})
     assert "key 2 in the environment's PT2_API_KEYS" in str(caught.value)
     assert "topsecret" not in str(caught.value)
+    with pytest.raises(ConfigError, match="printable ASCII"):
+        Keys(AuthArgs(), "127.0.0.1", {"PT2_API_KEYS": "schlüsselschlüssel"})
     with pytest.raises(ConfigError, match="it cannot be read"):
         Keys(AuthArgs(keys_file=str(tmp_path / "none")), "127.0.0.1", {})
 

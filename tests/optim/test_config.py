@@ -37,6 +37,7 @@ def test_export_is_read() -> None:
     config = Pt2Config.parse({"export": {"aot_compile": True}})
     assert config.export.aot_compile
     assert Pt2Config.parse({"export": {"aot_compile": True}, "compile": {"enable": False}}).export.aot_compile
+    assert Pt2Config.parse("export") == config  # its oldest form
 
 
 def test_values_arrive() -> None:
