@@ -74,6 +74,7 @@ class Directory:
         self._applications = applications
         self._own = own
         self._found: dict[str, DeploymentHandle[Any]] = {}
+        self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}
         self._waiting: dict[str, str] = {}
         self._looked = 0.0
         self._lock = asyncio.Lock()
@@ -103,15 +104,20 @@ class Directory:
     def _look(self) -> None:
         found: dict[str, DeploymentHandle[Any]] = {}
         waiting: dict[str, str] = {}
-        for name, application in serve.status().applications.items():
+        for name, application in sorted(serve.status().applications.items()):
             if name == self._own or (self._applications is not None and name not in self._applications):
                 continue
             for model, deployment in application.deployments.items():
-                if deployment.replica_states.get(ReplicaState.RUNNING):
-                    found[model] = self._found.get(model) or serve.get_deployment_handle(model, name)
-                else:
+                if not deployment.replica_states.get(ReplicaState.RUNNING):
                     waiting[model] = f"{name} is {application.status.value}"
-        self._found, self._waiting = found, waiting
+                elif model in found:
+                    other = found[model].deployment_id.app_name
+                    logger.warning("applications %s and %s both have a model %s: the first answers", other, name, model)
+                else:
+                    if (name, model) not in self._handles:
+                        self._handles[name, model] = serve.get_deployment_handle(model, name)
+                    found[model] = self._handles[name, model]
+        self._found, self._waiting = found, {name: why for name, why in waiting.items() if name not in found}
 
 
 @serve.ingress()
