@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
+from typing import Protocol
 
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
 from deployments.admission import Held
-from deployments.args import LimitsArgs
 from deployments.errors import BadRequest, BodyTooLarge, BodyTooSlow, UnsupportedEncoding
 
 _DISCARD_BYTES = 64 * 1024 * 1024
@@ -19,10 +19,24 @@ _DISCARD_S = 5.0
 _ALIGNMENT = 64
 #: zlib's way to read each coding; deflate is in zlib's own frame (RFC 9110, 8.4.1.2).
 PACKED = ("gzip", "deflate")
+#: Parts that a gzip body may have: each costs a copy of what follows it.
+_MOST_MEMBERS = 100
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 
-async def read_body(request: Request, limits: LimitsArgs, held: Held, lead: int | None = None) -> bytes | memoryview:
+class BodyLimits(Protocol):
+    """What a body may be: of a model, or of a gateway."""
+
+    @property
+    def body_bytes(self) -> int:
+        """Most bytes, packed or unpacked."""
+
+    @property
+    def body_s(self) -> float:
+        """Seconds until it has to be there."""
+
+
+async def read_body(request: Request, limits: BodyLimits, held: Held, lead: int | None = None) -> bytes | memoryview:
     """Return the body, unpacked where it came packed; what follows its first `lead` bytes is aligned and writable.
 
     BodyTooLarge as soon as more than `limits.body_bytes` are announced, have come, or would be unpacked; BodyTooSlow
@@ -38,7 +52,11 @@ async def read_body(request: Request, limits: LimitsArgs, held: Held, lead: int 
     except TimeoutError:
         raise BodyTooSlow(f"the body was not there within {limits.body_s:g} s (limits.body_s)") from None
     if coding in _WINDOW_BITS:
-        chunks = [await asyncio.to_thread(unpack, b"".join(chunks), coding, limits.body_bytes)]
+        held.add(limits.body_bytes)  # as much as it may become, while it does
+        try:
+            chunks = [await asyncio.to_thread(unpack, b"".join(chunks), coding, limits.body_bytes)]
+        finally:
+            held.drop(limits.body_bytes)
         held.grow_to(len(chunks[0]))
     return b"".join(chunks) if lead is None else _align(chunks, lead)
 
@@ -81,7 +99,7 @@ async def discard(request: Request) -> None:
 def unpack(packed: bytes, coding: str, limit: int) -> bytes:
     """Return what a gzip or deflate body holds; BodyTooLarge before more than `limit` bytes are unpacked."""
     found = bytearray()
-    while True:
+    for _ in range(_MOST_MEMBERS):
         unpacker = zlib.decompressobj(_WINDOW_BITS[coding])
         try:
             found += unpacker.decompress(packed, limit + 1 - len(found))

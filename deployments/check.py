@@ -45,7 +45,7 @@ def check_file(path: Path) -> list[str]:
         if application.get("import_path") == OUR_BUILDER:
             found += _check_application(where, application, _host(config))
         elif application.get("import_path") == OUR_GATEWAY:
-            found += _check_gateway(where, application)
+            found += _check_gateway(where, application, _host(config))
     if not found:
         try:
             ServeDeploySchema.model_validate(config)
@@ -83,9 +83,9 @@ def _check_application(where: str, application: Mapping[str, Any], host: str) ->
     return found
 
 
-def _check_gateway(where: str, application: Mapping[str, Any]) -> list[str]:
+def _check_gateway(where: str, application: Mapping[str, Any], host: str) -> list[str]:
     try:
-        parse_args(application.get("args"))
+        Keys(parse_args(application.get("args")).auth, host, os.environ)
     except ConfigError as error:
         return [f"{where}: {error}"]
     return []

@@ -33,6 +33,7 @@ DATATYPES = (*NUMPY_TYPES, "BF16", "BYTES")
 _NAMES = {np.dtype(kind): name for name, kind in NUMPY_TYPES.items()}
 _MAX_DIMENSIONS = 16
 _MAX_SIZE = 2**31 - 1
+_MAX_ELEMENTS = 65_536
 _SIZES = {**{name: np.dtype(kind).itemsize for name, kind in NUMPY_TYPES.items()}, "BF16": 2}
 
 
@@ -65,12 +66,16 @@ def from_json(path: str, data: Any, kind: str, shape: Sequence[int]) -> Array | 
     if kind == "BF16":
         raise BadRequest(f"{path}.datatype: BF16 has a binary form only (binary_data_size)")
     if kind == "BYTES":
+        check_elements(path, math.prod(shape))
         elements = _flatten(data)
         if not all(isinstance(element, str) for element in elements):
             raise BadRequest(f"{path}.data: elements of BYTES are text in JSON; bytes go in the binary form")
         return from_values(path, elements, kind, shape)
+    _check_numbers(path, data, kind)
     try:
         raw = np.asarray(data)
+        if kind == "UINT64" and raw.dtype == np.float64 and all(type(item) is int for item in _flatten(data)):
+            raw = np.array(data, np.uint64)  # NumPy has no type of its own for numbers on both sides of 2**63
     except (ValueError, OverflowError) as error:  # rows of different lengths, or numbers beyond 64 bits
         raise BadRequest(f"{path}.data: not a tensor: {error}") from error
     return from_values(path, raw, kind, shape)
@@ -95,7 +100,7 @@ def from_bytes(path: str, raw: memoryview, kind: str, shape: Sequence[int]) -> A
     BadRequest, naming `path`, where the bytes do not fill the shape.
     """
     if kind == "BYTES":
-        elements = _split(path, raw)
+        elements = _split(path, raw, check_elements(path, math.prod(shape)))
         _check_count(path, len(elements), shape)
         return elements
     size, count = _SIZES[kind], math.prod(shape)
@@ -156,7 +161,30 @@ def _flatten(data: list[Any]) -> list[Any]:
     return found
 
 
-def _split(path: str, raw: memoryview) -> list[bytes]:
+def check_elements(path: str, count: int) -> int:
+    """Return a number of elements of BYTES; BadRequest where they are more than anybody would send."""
+    if count > _MAX_ELEMENTS:
+        raise BadRequest(f"{path}: {count} elements of BYTES; at most {_MAX_ELEMENTS} are allowed")
+    return count
+
+
+def _check_numbers(path: str, data: list[Any], kind: str) -> None:
+    """Raise BadRequest where nested lists hold anything but numbers.
+
+    NumPy would make an array of text of them, each as long as the longest: 200 kB of JSON became 10 GB.
+    """
+    waiting = [data]
+    while waiting:
+        found = waiting.pop()
+        kinds = set(map(type, found))
+        if not kinds <= {bool, int, float, list}:
+            (other, *_) = sorted(kind.__name__ for kind in kinds - {bool, int, float, list})
+            raise BadRequest(f"{path}.data: {other} values are not {kind}")
+        if list in kinds:
+            waiting += (item for item in found if isinstance(item, list))
+
+
+def _split(path: str, raw: memoryview, most: int) -> list[bytes]:
     """Return the elements of BYTES: each has its length before it, four bytes."""
     elements: list[bytes] = []
     at = 0
@@ -169,6 +197,8 @@ def _split(path: str, raw: memoryview) -> list[bytes]:
             raise BadRequest(f"{path}: an element of {length} bytes is announced, {len(raw) - at} are left")
         elements.append(bytes(raw[at : at + length]))
         at += length
+        if len(elements) > most:
+            raise BadRequest(f"{path}: there are more elements than the shape has ({most})")
     return elements
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from deployments.args import BatchingArgs
 from optim.config import Pt2Config
 from optim.errors import ConfigError
 
@@ -52,6 +53,8 @@ def convert(given: Mapping[str, Any], model: str, name: str) -> tuple[dict[str, 
     queue = _take(rest, "jobQueueSize")
     if queue is not None:
         args.setdefault("batching", {})["max_queue"] = max(queue, size or 8)
+    elif size is not None and size > BatchingArgs.max_queue:
+        args["batching"]["max_queue"] = size
     timeout = _take(rest, "responseTimeout")
     if timeout is not None:
         args["limits"] = {"timeout_s": float(timeout)}

@@ -1,7 +1,7 @@
 """`build`: an application that answers for all models at one root, by handing requests over to their handles.
 
-It costs a hop: a model asked at its own application's prefix is one hop away, through the gateway it is two. Keys are
-each model's own affair; the gateway hands the caller's headers on.
+It costs a hop: a model asked at its own application's prefix is one hop away, through the gateway it is two. It looks
+at keys before it reads a body, and hands the caller's headers on: the models look as well.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
+import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ray import serve
@@ -19,6 +21,7 @@ from ray.exceptions import RayActorError
 from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -27,20 +30,36 @@ from starlette.routing import Route
 
 from deployments import oip
 from deployments.admission import Admission
-from deployments.args import LimitsArgs
+from deployments.args import AuthArgs, LimitsArgs
 from deployments.asgi_call import Headers
 from deployments.body import read_body
-from deployments.errors import BadRequest, ModelNotFound, NotReady
+from deployments.errors import BadRequest, ModelNotFound, NotReady, Unauthorized
+from deployments.http_host import find_http_host
+from deployments.keys import A_KEY_IS_NEEDED, Keys
 from deployments.messages import read_json
-from deployments.replies import guard, json_reply, path_of, routing_error
+from deployments.replies import Endpoint, guard, json_reply, path_of, routing_error
 from optim.errors import ConfigError
 from optim.strict import read_section
 
 logger = logging.getLogger(__name__)
 #: How old the list of models may be before it is looked up again, in seconds.
 _FRESH_S = 2.0
+#: How long the first request may wait for that list, in seconds.
+_PATIENCE_S = 10.0
 #: Headers that belong to one connection, or that say what the body was before it was read.
 _NOT_HANDED_ON = (b"host", b"connection", b"transfer-encoding", b"content-length", b"content-encoding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayLimits:
+    """What may be on its way to the models."""
+
+    body_bytes: int = LimitsArgs.body_bytes
+    """Largest request body, packed or unpacked. Default 16 MiB."""
+    body_s: float = LimitsArgs.body_s
+    """Seconds until a request's body has to be there. Default 30."""
+    bytes_in_flight: int = LimitsArgs.bytes_in_flight
+    """Bodies it holds before it answers 503. Default 256 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +68,10 @@ class GatewayArgs:
 
     applications: list[str] | None = None
     """Names of the applications it answers for; default all others."""
-    limits: LimitsArgs = field(default_factory=LimitsArgs)
-    """`body_bytes`, `body_s` and `bytes_in_flight` hold for what is handed over; the models have their own as well."""
+    limits: GatewayLimits = field(default_factory=GatewayLimits)
+    """What it holds; the models have limits of their own."""
+    auth: AuthArgs = field(default_factory=AuthArgs)
+    """Who is let in, before the models look at the same headers: where they have keys of their own, give it all."""
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
@@ -64,60 +85,89 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 
 def parse_args(args: Any) -> GatewayArgs:
     """Return the gateway's args; ConfigError names the key, the value and what is allowed."""
-    return read_section("args", args or {}, GatewayArgs)
+    parsed = read_section("args", args, GatewayArgs)
+    for key, value in asdict(parsed.limits).items():
+        if not value > 0:
+            raise ConfigError(f"args.limits.{key}", value, "use a number above 0")
+    return parsed
 
 
 class Directory:
-    """Which models there are, by name, with a handle to each; belongs to the event loop."""
+    """Which models there are, by name, with a handle to each; belongs to the event loop.
+
+    It is looked up again beside the requests, which meanwhile go by what was found before: Ray Serve's controller may
+    be away, and while it builds a new version of an application it does not know what that one has.
+    """
 
     def __init__(self, applications: list[str] | None, own: str) -> None:
         self._applications = applications
         self._own = own
         self._found: dict[str, DeploymentHandle[Any]] = {}
-        self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}
         self._waiting: dict[str, str] = {}
-        self._looked = 0.0
-        self._lock = asyncio.Lock()
+        self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}
+        self._looked = -math.inf
+        self._looking: asyncio.Task[None] | None = None
 
     async def handles(self) -> dict[str, DeploymentHandle[Any]]:
-        """Return the models that can answer."""
-        async with self._lock:
-            if time.monotonic() - self._looked > _FRESH_S:
-                await asyncio.to_thread(self._look)
-                self._looked = time.monotonic()
+        """Return the models that can answer; NotReady where they could not be looked up yet."""
+        if time.monotonic() - self._looked > _FRESH_S and (self._looking is None or self._looking.done()):
+            self._looking = asyncio.create_task(self._look_up())
+        if self._looked == -math.inf and self._looking is not None:
+            await asyncio.wait([self._looking], timeout=_PATIENCE_S)
+            if self._looked == -math.inf:
+                raise NotReady("Ray Serve has not yet said which models there are")
         return self._found
 
     async def find(self, model: str) -> DeploymentHandle[Any]:
-        """Return a model's handle; ModelNotFound, or NotReady while none of its replicas can answer."""
+        """Return a model's handle; ModelNotFound, or NotReady where it may come yet."""
         found = (await self.handles()).get(model)
         if found is not None:
             return found
-        if model in self._waiting:
-            raise NotReady(f"model {model} is not ready: application {self._waiting[model]}")
+        if self._waiting:
+            raise NotReady(f"model {model} is not ready: {self._what_waits()}")
         raise ModelNotFound(f"Model not found: {model}")
 
-    async def waiting(self) -> dict[str, str]:
-        """Return the models none of whose replicas can answer, and what their applications do."""
+    async def check_ready(self) -> None:
+        """Raise NotReady where an application has no model that can answer."""
         await self.handles()
-        return self._waiting
+        if self._waiting:
+            raise NotReady(f"not ready: {self._what_waits()}")
+
+    def _what_waits(self) -> str:
+        return "; ".join(f"{name} is {status}" for name, status in self._waiting.items())
+
+    async def _look_up(self) -> None:
+        try:
+            await asyncio.to_thread(self._look)
+        except Exception:  # whatever keeps the controller from answering
+            logger.exception("the models could not be looked up; those found before stay")
+        else:
+            self._looked = time.monotonic()
 
     def _look(self) -> None:
         found: dict[str, DeploymentHandle[Any]] = {}
         waiting: dict[str, str] = {}
         for name, application in sorted(serve.status().applications.items()):
+            status = application.status
             if name == self._own or (self._applications is not None and name not in self._applications):
                 continue
-            for model, deployment in application.deployments.items():
-                if not deployment.replica_states.get(ReplicaState.RUNNING):
-                    waiting[model] = f"{name} is {application.status.value}"
-                elif model in found:
+            if status == ApplicationStatus.DELETING:
+                continue
+            states = {model: deployment.replica_states for model, deployment in application.deployments.items()}
+            models = [model for model, replicas in states.items() if replicas.get(ReplicaState.RUNNING)]
+            if not states:  # a version is being built, or could not be: the one before goes on serving
+                models = [model for app, model in self._handles if app == name]
+            if not models and status in (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING):
+                waiting[name] = status.value
+            for model in models:
+                if (name, model) not in self._handles:
+                    self._handles[name, model] = serve.get_deployment_handle(model, name)
+                if model in found:
                     other = found[model].deployment_id.app_name
                     logger.warning("applications %s and %s both have a model %s: the first answers", other, name, model)
                 else:
-                    if (name, model) not in self._handles:
-                        self._handles[name, model] = serve.get_deployment_handle(model, name)
                     found[model] = self._handles[name, model]
-        self._found, self._waiting = found, {name: why for name, why in waiting.items() if name not in found}
+        self._found, self._waiting = found, waiting
 
 
 @serve.ingress()
@@ -125,8 +175,9 @@ class Gateway:
     """Answers `/predictions/…`, `/models…`, `/v2/…` and `/v1/…` for every model."""
 
     def __init__(self, args: GatewayArgs) -> None:
-        """Look nothing up yet: models may come later."""
+        """Look nothing up yet: models may come later. ConfigError where keys are needed, and there are none."""
         self._args = args
+        self._keys = Keys(args.auth, find_http_host(), os.environ)
         self._directory = Directory(args.applications, serve.get_replica_context().app_name)
         self._admission = Admission(1, args.limits.bytes_in_flight)
 
@@ -134,20 +185,32 @@ class Gateway:
         """Return the HTTP application; Ray Serve calls it when the replica is ready."""
         every = ["GET", "POST", "PUT"]
         routes = [
-            Route("/ping", guard(self._ping)),
-            Route("/models", guard(self._list_models)),
-            Route("/v1/models", guard(self._list_openai_models)),
-            Route("/v2", guard(self._server)),
-            Route("/v2/health/live", guard(self._live)),
-            Route("/v2/health/ready", guard(self._ready)),
-            Route("/v1/embeddings", guard(self._by_body), methods=["POST"]),
+            Route("/ping", self._endpoint(self._ping, health=True)),
+            Route("/models", self._endpoint(self._list_models)),
+            Route("/v1/models", self._endpoint(self._list_openai_models)),
+            Route("/v2", self._endpoint(self._server)),
+            Route("/v2/health/live", self._endpoint(self._live, health=True)),
+            Route("/v2/health/ready", self._endpoint(self._ready, health=True)),
+            Route("/v1/embeddings", self._endpoint(self._by_body), methods=["POST"]),
         ]
         for prefix in ("/predictions", "/models", "/v2/models", "/v1/models"):
             for path in (f"{prefix}/{{model}}", f"{prefix}/{{model}}/{{rest:path}}"):
-                routes.append(Route(path, guard(self._by_path), methods=every))
+                routes.append(Route(path, self._endpoint(self._by_path), methods=every))
         app = Starlette(routes=routes, exception_handlers={HTTPException: routing_error})
         app.router.redirect_slashes = False
         return app
+
+    def _endpoint(self, handler: Endpoint, *, health: bool = False) -> Endpoint:
+        async def endpoint(request: Request) -> Response:
+            if not (self._keys.accepts(request.headers) or (health and self._args.auth.open_health)):
+                raise Unauthorized(A_KEY_IS_NEEDED)
+            return await handler(request)
+
+        return guard(endpoint)
+
+    async def check_health(self) -> None:
+        """Read a changed file of keys; Ray Serve calls it every few seconds."""
+        await asyncio.to_thread(self._keys.refresh)
 
     async def _by_path(self, request: Request) -> Response:
         handle = await self._directory.find(request.path_params["model"])
@@ -174,14 +237,21 @@ class Gateway:
         return json_reply(oip.server_metadata())
 
     async def _ready(self, request: Request) -> Response:
-        waiting = await self._directory.waiting()
-        if waiting:
-            raise NotReady(f"not ready: {'; '.join(waiting.values())}")
-        for handle in (await self._directory.handles()).values():
-            reply = await _hand_over(handle, request, b"")
+        await self._directory.check_ready()
+        for reply in await self._ask_all(request):
             if reply.status_code != 200:
                 return reply
         return json_reply({"ready": True})
+
+    async def _ask_all(self, request: Request) -> list[Response]:
+        """Return what every model answers to a request; applications that are not ours have none."""
+        handles = (await self._directory.handles()).values()
+        asked = [_hand_over(handle, request, b"") for handle in handles]
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException) and not isinstance(reply, ModelNotFound):
+                raise reply
+        return [reply for reply in replies if isinstance(reply, Response)]
 
     async def _list_models(self, request: Request) -> Response:
         return await self._join(request, "models", {})
@@ -191,8 +261,7 @@ class Gateway:
 
     async def _join(self, request: Request, key: str, rest: dict[str, Any]) -> Response:
         """Put together the lists of the models that let the caller in; who is let in nowhere gets the last refusal."""
-        handles = (await self._directory.handles()).values()
-        replies = await asyncio.gather(*(_hand_over(handle, request, b"") for handle in handles))
+        replies = await self._ask_all(request)
         good = [reply for reply in replies if reply.status_code == 200]
         if replies and not good:
             return replies[-1]
@@ -209,6 +278,8 @@ async def _hand_over(handle: DeploymentHandle[Any], request: Request, body: byte
     except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
         logger.warning("a replica of %s was lost: %s", handle.deployment_id, error)
         raise NotReady("the replica that had the request was lost; try again") from error
+    except RayServeException as error:  # it has no such method
+        raise ModelNotFound(f"Model not found: {handle.deployment_id.name} is none of ours") from error
     reply = Response(content, status)
     reply.raw_headers = found
     return reply

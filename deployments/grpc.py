@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from deployments import oip
-from deployments.datatypes import DATATYPES, NUMPY_TYPES, check_shape, from_bytes, from_values, to_bytes
+from deployments.datatypes import DATATYPES, NUMPY_TYPES, check_elements, check_shape, from_bytes, from_values, to_bytes
 from deployments.errors import (
     BadRequest,
     BodyTooLarge,
@@ -198,6 +198,8 @@ def _read_tensor(path: str, tensor: Any, raw: bytes | None) -> Any:
     if kind not in _FIELDS:
         raise BadRequest(f"{path}.datatype: {kind} has a raw form only (raw_input_contents)")
     values = getattr(tensor.contents, _FIELDS[kind])
+    if kind == "BYTES":
+        check_elements(path, len(values))
     return from_values(path, list(values) if kind == "BYTES" else np.array(values), kind, shape)
 
 

@@ -37,8 +37,10 @@ for argument in "$@"; do
     previous=$argument
 done
 if [ -n "$config" ]; then
-    sed -e 's/^\( *bind \)[*]\{0,1\}:\([0-9]*\)$/\1127.0.0.1:\2/' -e '/^ *stats socket /s/ mode 666 / mode 600 /' \
-        "$config" > "$config.closed"
+    # Only these two: the frontends of HTTP and gRPC listen where `http_options.host` says.
+    here='s/^\( *bind \)[*]\{0,1\}:\([0-9]*\)$/\1127.0.0.1:\2/'
+    sed -e "/^frontend prometheus/,/^[a-z]/$here" -e "/^listen stats/,/^[a-z]/$here" \
+        -e '/^ *stats socket /s/ mode 666 / mode 600 /' "$config" > "$config.closed"
     if ! grep -q '^ *timeout http-request ' "$config.closed"; then
         sed -i '/^defaults$/a\    timeout http-request 30s' "$config.closed"
     fi
@@ -49,7 +51,8 @@ if [ -n "$config" ]; then
     cp "$config.closed" "$config.kept"
     mv "$config.kept" "$config.before"
     mv "$config.closed" "$config"
-    if grep -Eq '^ *bind ([*]?:[0-9]+( |$)|\[::\]:)|^ *stats socket .* mode 666 ' "$config"; then
+    if sed -n -e '/^frontend prometheus/,/^[a-z]/p' -e '/^listen stats/,/^[a-z]/p' -e '/^ *stats socket /p' "$config" |
+        grep -Eq '^ *bind ([*]?:[0-9]+( |$)|\[::\]:)|^ *stats socket .* mode 666 '; then
         echo "haproxy.sh: $config still opens something to everybody; not started" >&2
         exit 1
     fi

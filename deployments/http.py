@@ -16,7 +16,7 @@ from starlette.routing import Route
 from deployments import oip, openai, openapi, torchserve
 from deployments.body import PACKED, pack, read_body
 from deployments.errors import BadRequest, Unauthorized
-from deployments.keys import Keys
+from deployments.keys import A_KEY_IS_NEEDED, Keys
 from deployments.messages import read_json
 from deployments.replies import Endpoint, guard, json_reply, routing_error
 from deployments.servable import Encoder
@@ -62,7 +62,7 @@ def _endpoint(service: ModelService, handler: Handler, keys: Keys | None) -> End
 
     async def endpoint(request: Request) -> Response:
         if not (is_open or keys is None or keys.accepts(request.headers)):
-            raise Unauthorized("a key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
+            raise Unauthorized(A_KEY_IS_NEEDED)
         return await handler(service, request)
 
     return guard(endpoint)

@@ -17,6 +17,7 @@ from optim.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 _SHORTEST = 16
+A_KEY_IS_NEEDED = "a key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`"
 
 
 def is_loopback(host: str) -> bool:
@@ -86,7 +87,6 @@ class Keys:
         seen = self._stat()
         if seen == self._seen:
             return
-        self._seen = seen
         try:
             read = self._read()
         except ConfigError as error:
@@ -95,6 +95,7 @@ class Keys:
         if not read and not self._given:
             logger.error("the API keys stay as they were: %s has none", self._file)
             return
+        self._seen = seen  # not before: a file that could not be read is looked at again
         self._digests = self._given + read
         logger.info("%d API keys are in force", len(self._digests))
 

@@ -106,9 +106,6 @@ async def embed(service: ModelService, wanted: EmbeddingsRequest, **how: Any) ->
     """Return the reply to a request; `how` goes to `ModelService.run_payloads`."""
     encoder = service.servable
     assert isinstance(encoder, Encoder)
-    width = service.outputs[0].shape[-1]
-    if (wanted.dimensions or 1) > width:
-        raise BadRequest(f"dimensions: {wanted.dimensions} is more than the {width} that the model has")
     counts: list[int] = []
 
     def read(item: str | Sequence[int]) -> Any:
@@ -118,6 +115,8 @@ async def embed(service: ModelService, wanted: EmbeddingsRequest, **how: Any) ->
 
     outputs = await service.run_payloads(wanted.inputs, path="input", preprocess=read, **how)
     embeddings = next(iter(outputs.values())).float()  # [N, D]
+    if (wanted.dimensions or 1) > embeddings.shape[1]:
+        raise BadRequest(f"dimensions: {wanted.dimensions} is more than the {embeddings.shape[1]} that the model has")
     if wanted.dimensions is not None:  # the first of them, at length 1, as OpenAI's own models do it
         embeddings = torch.nn.functional.normalize(embeddings[:, : wanted.dimensions], dim=1)
     rows = embeddings.numpy().astype("<f4", copy=False)

@@ -191,7 +191,7 @@ def _embeddings_body(service: ModelService) -> Json:
     )
     more = {
         "encoding_format": {"type": "string", "enum": ["float", "base64"]},
-        "dimensions": {"type": "integer", "minimum": 1, "maximum": service.outputs[0].shape[-1]},
+        "dimensions": {"type": "integer", "minimum": 1},
         "user": _TEXT,
     }
     return {**body, "properties": {**body["properties"], **more}, "additionalProperties": False}

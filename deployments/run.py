@@ -25,19 +25,26 @@ from deployments.processes import children
 _SCRIPT = Path(__file__).with_name("haproxy.sh")
 #: Ray Serve's own ports for HAProxy's statistics and metrics; taken where they are free.
 _PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+#: Where `http_options.host` may say to listen for HAProxy to find the replicas.
+_HOSTS_OF_HAPROXY = ("127.0.0.1", "localhost", "0.0.0.0")
 #: A socket's path has 107 characters; Ray Serve adds a port, a node's name of 56, and a file's of 12 to the folder's.
 _LONGEST_BASE = 107 - len("/65535/") - 56 - len("/metrics.sock")
 
 
-def make_environment(port: int, environment: Mapping[str, str], *, tls: bool = False) -> dict[str, str]:
+def make_environment(
+    port: int, environment: Mapping[str, str], *, host: str = "127.0.0.1", tls: bool = False
+) -> dict[str, str]:
     """Return the environment for `serve run` on an HTTP(S) port; what the caller has set stays as it is.
 
     Raises OSError where the folder for HAProxy's files cannot be made, or is somebody else's.
     """
-    if tls and "RAY_SERVE_ENABLE_HA_PROXY" not in environment:
+    if "RAY_SERVE_ENABLE_HA_PROXY" not in environment:
         # Ray Serve's configuration of HAProxy has no TLS: its frontend would speak HTTP, and ask replicas that do not.
-        print("http_options.ssl_certfile: serving HTTPS through Ray's Python proxy, not HAProxy", file=sys.stderr)
-        environment = {**environment, "RAY_SERVE_ENABLE_HA_PROXY": "0"}
+        # And it asks replicas on 127.0.0.1, where one address of the machine is not.
+        why = "ssl_certfile" if tls else "host" if host not in _HOSTS_OF_HAPROXY else None
+        if why is not None:
+            print(f"http_options.{why}: serving through Ray's Python proxy, not HAProxy", file=sys.stderr)
+            environment = {**environment, "RAY_SERVE_ENABLE_HA_PROXY": "0"}
     made = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # The replica's event loop answers HTTP itself: a second loop beside it costs a hop between threads.
@@ -143,7 +150,12 @@ def main(arguments: list[str]) -> int:
     config = yaml.safe_load(Path(path).read_text())
     options = config.get("http_options") or {}
     program = Path(sys.executable).with_name("serve")
-    environment = make_environment(options.get("port", 8000), os.environ, tls=bool(options.get("ssl_certfile")))
+    environment = make_environment(
+        options.get("port", 8000),
+        os.environ,
+        host=options.get("host", "0.0.0.0"),
+        tls=bool(options.get("ssl_certfile")),
+    )
     if SERVING in environment:  # Ray's own processes inherit it, and its workers
         os.setpriority(os.PRIO_PROCESS, 0, int(environment[SERVING]) + NICER)
     os.execve(program, [str(program), "run", path, *rest], environment)

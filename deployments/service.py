@@ -164,12 +164,14 @@ class ModelService:
                         size = size_of(inputs)
                         holding.add(size)
                         try:
-                            return await self._run(inputs, 1, deadline)
+                            found = flatten(await self._run(inputs, 1, deadline))[0]
                         finally:
                             holding.drop(size)
+                        holding.add(size_of(tuple(found)))
+                        return found
 
                 rows = await _gather([run(index) for index in range(len(payloads))])
-        return self._name_outputs(self._join([flatten(row)[0] for row in rows]))
+        return self._name_outputs(self._join(rows))
 
     def _join(self, rows: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """Put the outputs of several runs of one row together."""

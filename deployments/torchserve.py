@@ -83,6 +83,8 @@ async def _decode_form(request: Request, body: bytes) -> Any:
             return part
     except HTTPException as error:  # Starlette's word for a malformed form
         raise BadRequest(f"the form cannot be read: {error.detail}") from error
+    except (ValueError, LookupError) as error:  # text in a charset that it is not in, or that there is none of
+        raise BadRequest(f"the form cannot be read: {error}") from error
 
 
 def model_list(service: ModelService) -> dict[str, Any]:

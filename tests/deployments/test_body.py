@@ -51,6 +51,9 @@ def test_gzip_of_several_members_is_one_body() -> None:
     assert unpack(gzip.compress(b"a") + gzip.compress(b"b"), "gzip", 2) == b"ab"
     with pytest.raises(BadRequest, match="follow its end"):
         unpack(zlib.compress(b"a") + zlib.compress(b"b"), "deflate", 2)
+    assert unpack(gzip.compress(b"a") * 100, "gzip", 100) == b"a" * 100
+    with pytest.raises(BadRequest, match="follow its end"):  # each member costs a copy of what follows it
+        unpack(gzip.compress(b"") * 101, "gzip", 100)
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])

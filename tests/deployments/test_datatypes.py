@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,8 @@ def test_aligned_data_is_not_copied_and_other_data_is() -> None:
         (b"\2", "BOOL", [1], "0 or 1"),
         (b"\1\0\0", "BYTES", [1], "3 bytes are left where an element's length of 4"),
         (b"\xff\xff\xff\xff", "BYTES", [1], "4294967295 bytes is announced, 0 are left"),
+        (b"\0" * 12, "BYTES", [2], "more elements than the shape has (2)"),
+        (b"", "BYTES", [65_537], "65537 elements of BYTES; at most 65536"),
         (b"", "FP32", [0, 2**31 - 1, 2**31 - 1, 2**31 - 1], "shape"),
     ],
 )
@@ -81,6 +85,22 @@ def test_binary_data_that_is_wrong_is_named(raw: bytes, kind: str, shape: list[i
     with pytest.raises(BadRequest) as caught:
         from_bytes("inputs[0]", memoryview(bytearray(raw)), kind, shape)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [["x" * 100_000] + ["a"] * 25_000, [1, ["x"]], [{}], [None], [[1.5], ["x" * 10**6]]])
+def test_what_is_no_number_is_refused_before_numpy_sees_it(data: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "asarray", None)  # it would make room for the longest text in every place
+    with pytest.raises(BadRequest, match="values are not FP32"):
+        from_json("x", data, "FP32", [len(data)])
+
+
+def test_numbers_of_64_bits_stay_what_they_are() -> None:
+    found = from_json("x", [1, 2**63, 2**64 - 1], "UINT64", [3])
+    assert isinstance(found, np.ndarray)
+    assert found.tolist() == [1, 2**63, 2**64 - 1]
+    for data in ([1, 2**64], [-1, 2**63], [1, 2.0**63]):
+        with pytest.raises(BadRequest):
+            from_json("x", data, "UINT64", [2])
 
 
 def test_what_json_cannot_carry_is_asked_for_in_binary_form() -> None:

@@ -47,6 +47,8 @@ def test_workers_batches_and_devices() -> None:
     assert remarks == []
     _, deployment, _ = translate(maxWorkers=3)
     assert deployment["autoscaling_config"] == {"min_replicas": 3, "max_replicas": 3}
+    args, _, _ = translate(batchSize=100)
+    assert args["batching"] == {"batch_sizes": [1, 2, 4, 8, 16, 32, 64, 100], "max_queue": 100}
     args, _, _ = translate(batchSize=1, jobQueueSize=1)
     assert args["batching"] == {"batch_sizes": [1], "max_queue": 1}
 

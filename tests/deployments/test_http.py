@@ -53,6 +53,10 @@ def test_a_form_as_torchserves_clients_send_it(client: TestClient) -> None:
     reply = client.post("/predictions/tiny", files={"photo": ("x", b"x")})
     assert reply.status_code == 400
     assert "data or body; it has photo" in reply.json()["message"]
+    form = b'--x\r\nContent-Disposition: form-data; name="data"\r\n\r\n\xff\r\n--x--\r\n'
+    for charset in ("undefined", "no-such-charset"):
+        headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        assert client.post("/predictions/tiny", content=form, headers=headers).status_code == 400
     reply = client.post("/predictions/tiny", content=b"--x\r\n", headers={"content-type": "multipart/form-data"})
     assert reply.status_code == 400
 

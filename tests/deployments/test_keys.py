@@ -96,6 +96,17 @@ def test_a_changed_file_is_read_again_and_a_broken_one_changes_nothing(
         assert "the API keys stay as they were" in caplog.text
         assert keys.accepts({"x-api-key": OTHER})
         caplog.clear()
+    file.write_text(KEY)
+    reads = Keys._read
+    with pytest.MonkeyPatch.context() as patch:  # a moment at which it cannot be read
+        patch.setattr(Keys, "_read", lambda self: exec("raise ConfigError('a', 'b', 'c')", globals()))
+        keys.refresh()
+    assert keys.accepts({"x-api-key": OTHER})
+    assert Keys._read is reads
+    keys.refresh()
+    assert keys.accepts({"x-api-key": KEY})
+    file.write_text(OTHER)
+    keys.refresh()
     file.unlink()
     keys.refresh()
     assert keys.accepts({"x-api-key": OTHER})

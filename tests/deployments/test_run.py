@@ -66,7 +66,9 @@ def test_ray_gives_way_to_what_serves_only_where_that_can_come_forward(
 
 def test_tls_takes_the_way_that_has_it(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert make_environment(8123, {}, tls=True)["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
-    assert "ssl_certfile: serving HTTPS through Ray's Python proxy" in capsys.readouterr().err
+    assert "ssl_certfile: serving through Ray's Python proxy" in capsys.readouterr().err
+    assert make_environment(8123, {}, host="10.0.0.5")["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    assert make_environment(8123, {}, host="0.0.0.0")["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     own = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
     assert make_environment(8123, own, tls=True)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
 
@@ -84,17 +86,17 @@ def run_script(config: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_script_closes_what_ray_serve_leaves_open(tmp_path: Path) -> None:
     config = tmp_path / "haproxy.cfg"
-    config.write_text(
-        "global\n    stats socket /tmp/x.sock mode 666 level admin expose-fd listeners\nfrontend prometheus\n"
-        "    bind :9101\nfrontend http\n    bind 0.0.0.0:8000\n    bind ::1:8000\nlisten stats\n  bind *:8404\n"
+    template = (
+        "global\n    stats socket /tmp/x.sock mode {mode} level admin expose-fd listeners\nfrontend prometheus\n"
+        "    bind {here}:9101\nfrontend http_frontend\n    bind *:8000\nfrontend grpc_frontend\n"
+        "    bind *:9000 proto h2\nlisten stats\n  bind {any}:8404\n"
     )
+    config.write_text(template.format(mode=666, here="", any="*"))
     # `-f` is an option of neither cat nor this test: what matters is the file that the program is handed.
-    run_script(config)
-    assert config.read_text() == (
-        "global\n    stats socket /tmp/x.sock mode 600 level admin expose-fd listeners\nfrontend prometheus\n"
-        "    bind 127.0.0.1:9101\nfrontend http\n    bind 0.0.0.0:8000\n    bind ::1:8000\n"
-        "listen stats\n  bind 127.0.0.1:8404\n"
-    )
+    done = run_script(config)
+    assert "not started" not in done.stderr
+    # HTTP and gRPC listen where `http_options.host` says: `*` is how Ray Serve writes 0.0.0.0.
+    assert config.read_text() == template.format(mode=600, here="127.0.0.1", any="127.0.0.1")
     config.write_text("defaults\n    mode http\nfrontend http\n")
     run_script(config)
     assert config.read_text() == "defaults\n    timeout http-request 30s\n    mode http\nfrontend http\n"
@@ -102,7 +104,7 @@ def test_the_script_closes_what_ray_serve_leaves_open(tmp_path: Path) -> None:
     run_script(config)
     assert config.read_text() == "defaults\n    timeout http-request 7s\n"
     for line in ("  bind [::]:9101\n", "  bind :9101 v4v6\n"):  # a later Ray Serve may write what is not known here
-        config.write_text(line)
+        config.write_text(f"frontend prometheus\n{line}frontend http_frontend\n    bind 127.0.0.1:8000\n")
         done = run_script(config)
         assert done.returncode == 1
         assert "still opens something to everybody; not started" in done.stderr
