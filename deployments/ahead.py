@@ -35,7 +35,7 @@ def _models(config: Mapping[str, Any]) -> Iterator[tuple[ModelArgs, str, int]]:
 def main(arguments: list[str]) -> int:
     """Compile every model of the files named; return 0 where replicas will find all of them in the cache."""
     files = arguments or ["serve_config.yaml"]
-    if status := check(files):
+    if status := check(files, serving=False):
         return status
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("optim").setLevel(logging.INFO)

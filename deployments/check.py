@@ -26,8 +26,11 @@ OUR_BUILDER = "deployments.app:build"
 OUR_GATEWAY = "deployments.gateway:build"
 
 
-def check_file(path: Path) -> list[str]:
-    """Return what is wrong with a Ray Serve configuration file, one line a mistake; nothing is started."""
+def check_file(path: Path, *, serving: bool = True) -> list[str]:
+    """Return what is wrong with a Ray Serve configuration file, one line a mistake; nothing is started.
+
+    API keys are looked for where it is for `serving`.
+    """
     try:
         config = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -43,9 +46,9 @@ def check_file(path: Path) -> list[str]:
         for j, deployment in enumerate(_mappings(application.get("deployments"))):
             found += _unknown_keys(f"{where}.deployments[{j}]", deployment, DeploymentSchema)
         if application.get("import_path") == OUR_BUILDER:
-            found += _check_application(where, application, _host(config))
+            found += _check_application(where, application, _host(config) if serving else None)
         elif application.get("import_path") == OUR_GATEWAY:
-            found += _check_gateway(where, application, _host(config))
+            found += _check_gateway(where, application, _host(config) if serving else None)
     if not found:
         try:
             ServeDeploySchema.model_validate(config)
@@ -59,10 +62,11 @@ def _host(config: Mapping[str, Any]) -> str:
     return str((options if isinstance(options, Mapping) else {}).get("host", HTTPOptionsSchema().host))
 
 
-def _check_application(where: str, application: Mapping[str, Any], host: str) -> list[str]:
+def _check_application(where: str, application: Mapping[str, Any], host: str | None) -> list[str]:
     try:
         args = ModelArgs.parse(application.get("args"))
-        Keys(args.auth, host, os.environ)
+        if host is not None:
+            Keys(args.auth, host, os.environ)
     except ConfigError as error:
         return [f"{where}: {error}"]
     found = []
@@ -83,9 +87,11 @@ def _check_application(where: str, application: Mapping[str, Any], host: str) ->
     return found
 
 
-def _check_gateway(where: str, application: Mapping[str, Any], host: str) -> list[str]:
+def _check_gateway(where: str, application: Mapping[str, Any], host: str | None) -> list[str]:
     try:
-        Keys(parse_args(application.get("args")).auth, host, os.environ)
+        args = parse_args(application.get("args"))
+        if host is not None:
+            Keys(args.auth, host, os.environ)
     except ConfigError as error:
         return [f"{where}: {error}"]
     return []
@@ -107,11 +113,11 @@ def _mappings(value: Any) -> Iterable[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], *, serving: bool = True) -> int:
     """Check the named files; return 0 where all are right."""
     status = 0
     for name in arguments or ["serve_config.yaml"]:
-        for line in check_file(Path(name)):
+        for line in check_file(Path(name), serving=serving):
             print(f"{name}: {line}", file=sys.stderr)
             status = 1
     return status

@@ -30,7 +30,7 @@ def version_of(server: Server, name: str) -> str:
 
 @contextmanager
 def replicas_haproxy_knows(server: Server, name: str) -> Iterator[list[int]]:
-    """Yield how many replicas of an application HAProxy is told of: a number for each configuration it is given."""
+    """Yield how many replicas of an application HAProxy is told of for HTTP: a number for each configuration."""
     stop, found = threading.Event(), []
     config = next(haproxy_folder(server.port).rglob("haproxy.cfg.before"))
 
@@ -41,7 +41,7 @@ def replicas_haproxy_knows(server: Server, name: str) -> Iterator[list[int]]:
             if changed == seen:
                 continue
             seen = changed
-            (section,) = re.findall(rf"^backend \S*{name}\n((?:[ \n].*\n?)*)", config.read_text(), re.MULTILINE)
+            (section,) = re.findall(rf"^backend http\S*{name}\n((?:[ \n].*\n?)*)", config.read_text(), re.MULTILINE)
             found.append(len(re.findall(r"^ *server (?!.* backup).* check", section, re.MULTILINE)))
 
     thread = threading.Thread(target=watch)
