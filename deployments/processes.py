@@ -14,8 +14,17 @@ def parent(process: int) -> int:
 def children(process: int) -> list[int]:
     """Return the ids of a process's children; OSError where there is none such, or the kernel does not list them."""
     # Not by looking at every process of the machine for its parent: replicas do this every few seconds.
-    tasks = Path(f"/proc/{process}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    found: list[int] = []
+    listed = False
+    for task in Path(f"/proc/{process}/task").iterdir():
+        try:
+            found += map(int, (task / "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            continue
+        listed = True
+    if not listed:
+        raise FileNotFoundError(f"/proc/{process}/task/*/children")
+    return found
 
 
 def arguments(process: int) -> list[str]:

@@ -164,3 +164,20 @@ def test_a_build_gives_way_once() -> None:
     build = "from deployments.priority import last_in_line_for_good; last_in_line_for_good()"
     assert run_nicer(build) == 5 + NICER
     assert run_nicer(build, **{SERVING: "0"}) == 5, "where all of Ray gives way, a build is no slower than the rest"
+
+
+def test_threads_that_end_meanwhile_have_no_children() -> None:
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            threading.Thread(target=lambda: None).start()
+
+    coming = threading.Thread(target=come_and_go)
+    coming.start()
+    try:
+        for _ in range(300):
+            children(os.getpid())
+    finally:
+        stop.set()
+        coming.join()
