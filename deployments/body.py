@@ -17,10 +17,10 @@ _DISCARD_BYTES = 64 * 1024 * 1024
 _DISCARD_S = 5.0
 #: Where tensors begin: what vector instructions like, and more than any datatype needs.
 _ALIGNMENT = 64
-#: zlib's way to read each coding; deflate is in zlib's own frame (RFC 9110, 8.4.1.2).
 PACKED = ("gzip", "deflate")
 #: Parts that a gzip body may have: each costs a copy of what follows it.
 _MOST_MEMBERS = 100
+#: zlib's way to read each coding; deflate is in zlib's own frame (RFC 9110, 8.4.1.2).
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 

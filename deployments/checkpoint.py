@@ -132,9 +132,7 @@ class TextCheckpoint:
         wrong = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
             raise BadRequest(f"token {wrong} is not in the vocabulary, which ends at {self.vocabulary - 1}")
-        ids = torch.tensor(tokens, dtype=torch.int64)
-        columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-        return tuple(columns[name] for name in self.input_names)
+        return self._without_padding(torch.tensor(tokens, dtype=torch.int64))
 
     def example(self, batch_size: int, length: int | None) -> Inputs:
         """Return full rows of tokens, their mask of ones and, where needed, types of zero. -> [B, T] each."""
@@ -142,6 +140,9 @@ class TextCheckpoint:
         generator = torch.Generator().manual_seed(1000 * batch_size + length)
         # The first tokens of a vocabulary are special ones.
         ids = torch.randint(self.vocabulary // 20, self.vocabulary, (batch_size, length), generator=generator)
+        return self._without_padding(ids)
+
+    def _without_padding(self, ids: torch.Tensor) -> Inputs:
         columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
         return tuple(columns[name] for name in self.input_names)
 

@@ -56,6 +56,13 @@ def check_shape(path: str, shape: Any) -> list[int]:
     return shape
 
 
+def check_datatype(path: str, kind: Any) -> str:
+    """Return a tensor's datatype; BadRequest where the protocol has none such."""
+    if not isinstance(kind, str) or kind not in DATATYPES:
+        raise BadRequest(f"{path}.datatype: {kind!r} is not one of {', '.join(DATATYPES)}")
+    return kind
+
+
 def from_json(path: str, data: Any, kind: str, shape: Sequence[int]) -> Array | list[Any]:
     """Return the tensor that nested or flat lists hold; of BYTES the elements, as text.
 

@@ -21,14 +21,14 @@ from optim.errors import ConfigError
 
 #: What TorchServe has and this server has not, or needs not, by key.
 _REMARKS = {
+    **dict.fromkeys(
+        ("parallelType", "torchrun", "pippy", "deepspeed"),
+        "a replica is one process with at most one GPU: models that span several are not served",
+    ),
     "maxBatchDelay": "nobody waits for a timer here: batches fill while the model is busy",
     "startupTimeout": "Ray Serve gives a replica as long as it needs",
     "handler": "these are settings of your handler: give them to your servable's constructor as model_args",
     "deviceIds": "Ray gives each replica a GPU of its own; CUDA_VISIBLE_DEVICES of `ray start` says which there are",
-    "parallelType": "a replica is one process with at most one GPU: models that span several are not served",
-    "torchrun": "a replica is one process with at most one GPU: models that span several are not served",
-    "pippy": "a replica is one process with at most one GPU: models that span several are not served",
-    "deepspeed": "a replica is one process with at most one GPU: models that span several are not served",
     "continuousBatching": "token by token generation is not served",
     "sequenceBatching": "requests that belong together in a sequence are not served",
     "dali": "decoding is your servable's preprocess, on threads of its own",

@@ -22,8 +22,6 @@ from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -33,11 +31,11 @@ from deployments.admission import Admission
 from deployments.args import AuthArgs, LimitsArgs
 from deployments.asgi_call import Headers
 from deployments.body import read_body
-from deployments.errors import BadRequest, ModelNotFound, NotReady, Unauthorized
+from deployments.errors import BadRequest, ModelNotFound, NotReady
 from deployments.http_host import find_http_host
-from deployments.keys import A_KEY_IS_NEEDED, Keys
+from deployments.keys import Keys
 from deployments.messages import read_json
-from deployments.replies import Endpoint, guard, json_reply, path_of, routing_error
+from deployments.replies import Endpoint, guard, json_reply, make_starlette, path_of
 from optim.errors import ConfigError
 from optim.strict import read_section
 
@@ -196,14 +194,11 @@ class Gateway:
         for prefix in ("/predictions", "/models", "/v2/models", "/v1/models"):
             for path in (f"{prefix}/{{model}}", f"{prefix}/{{model}}/{{rest:path}}"):
                 routes.append(Route(path, self._endpoint(self._by_path), methods=every))
-        app = Starlette(routes=routes, exception_handlers={HTTPException: routing_error})
-        app.router.redirect_slashes = False
-        return app
+        return make_starlette(routes)
 
     def _endpoint(self, handler: Endpoint, *, health: bool = False) -> Endpoint:
         async def endpoint(request: Request) -> Response:
-            if not (self._keys.accepts(request.headers) or (health and self._args.auth.open_health)):
-                raise Unauthorized(A_KEY_IS_NEEDED)
+            self._keys.check(request.headers, health=health)
             return await handler(request)
 
         return guard(endpoint)

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 
 from deployments import oip
-from deployments.datatypes import DATATYPES, NUMPY_TYPES, check_elements, check_shape, from_bytes, from_values, to_bytes
+from deployments.datatypes import (
+    NUMPY_TYPES,
+    check_datatype,
+    check_elements,
+    check_shape,
+    from_bytes,
+    from_values,
+    to_bytes,
+)
 from deployments.errors import (
     BadRequest,
     BodyTooLarge,
@@ -126,8 +134,7 @@ class InferenceServicer:
         try:
             metadata = {key.lower(): value for key, value in context.invocation_metadata() if isinstance(value, str)}
             self._keys.check_peer(context.peer())
-            if not (self._keys.accepts(metadata) or (call in _HEALTH and self._service.args.auth.open_health)):
-                raise Unauthorized("a key is needed: send the metadata `authorization: Bearer KEY` or `x-api-key: KEY`")
+            self._keys.check(metadata, health=call in _HEALTH, how="the metadata `authorization: Bearer KEY`")
             found = answer()
             return reply(**(await found if isinstance(found, Awaitable) else found))
         except RequestError as error:
@@ -188,9 +195,7 @@ def _values_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_tensor(path: str, tensor: Any, raw: bytes | None) -> Any:
-    shape, kind = check_shape(path, list(tensor.shape)), tensor.datatype
-    if kind not in DATATYPES:
-        raise BadRequest(f"{path}.datatype: {kind!r} is not one of {', '.join(DATATYPES)}")
+    shape, kind = check_shape(path, list(tensor.shape)), check_datatype(path, tensor.datatype)
     if raw is not None:
         if tensor.HasField("contents"):
             raise BadRequest(f"{path}: there are contents, and raw_input_contents; only one of them is allowed")
@@ -200,7 +205,8 @@ def _read_tensor(path: str, tensor: Any, raw: bytes | None) -> Any:
     values = getattr(tensor.contents, _FIELDS[kind])
     if kind == "BYTES":
         check_elements(path, len(values))
-    return from_values(path, list(values) if kind == "BYTES" else np.array(values), kind, shape)
+        return from_values(path, list(values), kind, shape)
+    return from_values(path, np.array(values), kind, shape)
 
 
 def _write_outputs(

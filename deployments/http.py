@@ -8,17 +8,16 @@ import time
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments import oip, openai, openapi, torchserve
 from deployments.body import PACKED, pack, read_body
-from deployments.errors import BadRequest, Unauthorized
-from deployments.keys import A_KEY_IS_NEEDED, Keys
+from deployments.errors import BadRequest
+from deployments.keys import Keys
 from deployments.messages import read_json
-from deployments.replies import Endpoint, guard, json_reply, routing_error
+from deployments.replies import Endpoint, guard, json_reply, make_starlette
 from deployments.servable import Encoder
 from deployments.service import ModelService
 
@@ -52,17 +51,13 @@ def make_app(service: ModelService, keys: Keys | None = None) -> Starlette:
     routes = [
         Route(path, _endpoint(service, handler, keys), methods=methods.split()) for methods, path, handler in endpoints
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: routing_error})
-    app.router.redirect_slashes = False  # it would send clients to wherever their Host header says
-    return app
+    return make_starlette(routes)
 
 
 def _endpoint(service: ModelService, handler: Handler, keys: Keys | None) -> Endpoint:
-    is_open = keys is None or (handler in _HEALTH and service.args.auth.open_health)
-
     async def endpoint(request: Request) -> Response:
-        if not (is_open or keys is None or keys.accepts(request.headers)):
-            raise Unauthorized(A_KEY_IS_NEEDED)
+        if keys is not None:
+            keys.check(request.headers, health=handler in _HEALTH)
         return await handler(service, request)
 
     return guard(endpoint)
@@ -150,10 +145,9 @@ async def _model_ready(service: ModelService, request: Request) -> Response:
 async def _infer(service: ModelService, request: Request) -> Response:
     _check_model(service, request)
     started = time.monotonic()
-    length = request.headers.get(oip.HEADER_LENGTH)
+    length = oip.parse_length(request.headers.get(oip.HEADER_LENGTH))
     with service.admission.hold_bytes() as held:
-        lead = int(length) if length is not None and length.isdecimal() and len(length) < 20 else 0
-        body = await read_body(request, service.limits, held, None if length is None else lead)
+        body = await read_body(request, service.limits, held, lead=length)
         wanted = oip.read_request(service, body, length)
         left = _time_left(request, started)
         outputs = await oip.run(service, wanted, wanted.timeout_s if left is None else left, held)

@@ -12,12 +12,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from deployments.args import AuthArgs
-from deployments.errors import Forbidden
+from deployments.errors import Forbidden, Unauthorized
 from optim.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 _SHORTEST = 16
-A_KEY_IS_NEEDED = "a key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`"
 
 
 def is_loopback(host: str) -> bool:
@@ -38,6 +37,7 @@ class Keys:
     """
 
     def __init__(self, auth: AuthArgs, host: str, environment: Mapping[str, str]) -> None:
+        self._open_health = auth.open_health
         self._file = Path(auth.keys_file) if auth.keys_file and auth.required is not False else None
         given = [] if auth.required is False else re.split(r"[\s,]+", environment.get(auth.keys_env, ""))
         self._given = _digest([key for key in given if key], f"the environment's {auth.keys_env}")
@@ -59,6 +59,11 @@ class Keys:
     def needed(self) -> bool:
         """Whether a request needs a key."""
         return bool(self._digests)
+
+    def check(self, headers: Mapping[str, str], *, health: bool, how: str = "`Authorization: Bearer KEY`") -> None:
+        """Raise Unauthorized where a request has no right key, unless it asks for `health` and that is open."""
+        if not (self.accepts(headers) or (health and self._open_health)):
+            raise Unauthorized(f"a key is needed: send {how} or `x-api-key: KEY`")
 
     def accepts(self, headers: Mapping[str, str]) -> bool:
         """Return whether `Authorization: Bearer KEY` or `x-api-key: KEY` is right, in a time that does not tell."""

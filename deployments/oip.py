@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from deployments.admission import Held
-from deployments.datatypes import DATATYPES, check_shape, datatype, from_bytes, from_json, to_bytes, to_json
+from deployments.datatypes import check_datatype, check_shape, datatype, from_bytes, from_json, to_bytes, to_json
 from deployments.errors import BadRequest, RequestError, Unsupported
 from deployments.messages import read_json, to_json_bytes
 from deployments.service import ModelService
@@ -68,16 +69,22 @@ def model_metadata(service: ModelService) -> dict[str, Any]:
     }
 
 
-def read_request(service: ModelService, body: bytes | memoryview, header_length: str | None) -> InferRequest:
-    """Return what an infer request's body asks for; `header_length` is its header of that name, or None.
+def parse_length(header: str | None) -> int | None:
+    """Return how many bytes of a body are JSON by the header that says so; None for all of them."""
+    if header is None:
+        return None
+    if not (header.isascii() and header.isdigit() and len(header) < 20):
+        raise BadRequest(f"{HEADER_LENGTH}: {header!r} is not a number of bytes")
+    return int(header)
+
+
+def read_request(service: ModelService, body: bytes | memoryview, length: int | None) -> InferRequest:
+    """Return what an infer request's body asks for; `length` is that of its JSON, None where there is nothing else.
 
     BadRequest names what is wrong, Unsupported what Triton has and this server has not.
     """
-    if header_length is None:
+    if length is None:
         return parse_request(read_json(body), memoryview(b""))
-    if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 20):
-        raise BadRequest(f"{HEADER_LENGTH}: {header_length!r} is not a number of bytes")
-    length = int(header_length)
     if length > len(body):
         raise BadRequest(f"{HEADER_LENGTH}: {length} bytes of JSON are announced, the body has {len(body)}")
     if length == 0:
@@ -93,9 +100,7 @@ def _read_raw(service: ModelService, raw: memoryview) -> InferRequest:
     info = service.inputs[0]
     kind, row = datatype(info.dtype), list(info.shape[1:])
     if row.count(-1) == 1:
-        taken = torch.empty(0, dtype=info.dtype).element_size()
-        for size in row:
-            taken *= size if size != -1 else 1
+        taken = info.dtype.itemsize * math.prod(size for size in row if size != -1)
         row[row.index(-1)] = len(raw) // taken if taken else 0
     return InferRequest(tensors={info.name: from_bytes(info.name, raw, kind, [1, *row])}, binary=True)
 
@@ -149,12 +154,11 @@ def _parse_tensor(path: str, tensor: Any, raw: memoryview) -> tuple[str, str, An
     """Return an input's name, datatype and value, and the binary data that is left for the others."""
     if not isinstance(tensor, Mapping):
         raise BadRequest(f"{path}: an object is needed")
-    name, kind = tensor.get("name"), tensor.get("datatype")
+    name = tensor.get("name")
     if not isinstance(name, str):
         raise BadRequest(f"{path}.name: text is needed")
     shape = check_shape(path, tensor.get("shape"))
-    if not isinstance(kind, str) or kind not in DATATYPES:
-        raise BadRequest(f"{path}.datatype: {kind!r} is not one of {', '.join(DATATYPES)}")
+    kind = check_datatype(path, tensor.get("datatype"))
     parameters = read_parameters(f"{path}.parameters", tensor.get("parameters"))
     size = parameters.get("binary_data_size")
     if size is None:

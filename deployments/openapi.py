@@ -65,7 +65,7 @@ def describe(service: ModelService) -> Json:
     add("/v2", "get", "The server", _json(_object(name=_TEXT, version=_TEXT, extensions=_TEXTS)), (401,))
     add("/v2/health/live", "get", "Whether the server runs", _json(_object(live={"type": "boolean"})), ())
     add("/v2/health/ready", "get", "Whether the model can answer", _json(_object(ready={"type": "boolean"})), (503,))
-    for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+    for path in _MODEL:
         add(path, "get", "The model's inputs and outputs", _json(_METADATA), _LOOKUP)
         ready = _object(name=_TEXT, ready={"type": "boolean"})
         add(f"{path}/ready", "get", "Whether the model can answer", _json(ready), (404, 503))
@@ -105,7 +105,8 @@ def _json(schema: Json) -> Json:
     return {"application/json": {"schema": schema}}
 
 
-_HEALTH = ("/ping", "/v2/health/live", "/v2/health/ready", "/v2/models/{model}/ready")
+_MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+_HEALTH = ("/ping", "/v2/health/live", "/v2/health/ready", *(f"{prefix}/ready" for prefix in _MODEL))
 _TIMEOUT: Json = {
     "name": "x-request-timeout-seconds",
     "in": "header",

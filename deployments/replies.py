@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from deployments import oip, openai, torchserve
 from deployments.body import discard
@@ -38,7 +40,14 @@ def guard(handler: Endpoint) -> Endpoint:
     return endpoint
 
 
-def routing_error(request: Request, error: Exception) -> Response:
+def make_starlette(routes: Sequence[Route]) -> Starlette:
+    """Return the application of these routes; what none of them has gets its protocol's error as well."""
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _routing_error})
+    app.router.redirect_slashes = False  # it would send clients to wherever their Host header says
+    return app
+
+
+def _routing_error(request: Request, error: Exception) -> Response:
     """Answer for paths and methods that no route has."""
     assert isinstance(error, HTTPException)
     texts = {
