@@ -8,9 +8,13 @@ from typing import Any
 from deployments.errors import BadRequest
 
 
+#: Made once: json.dumps makes one for every call that asks for anything but its defaults.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def to_json_bytes(content: Any) -> bytes:
     """Return compact JSON in UTF-8; ValueError where there is NaN or infinity, which JSON does not have."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = _ENCODER.encode(content)
     try:
         return text.encode()
     except UnicodeEncodeError:  # half a surrogate pair, from a request that had one: only escapes can carry it

@@ -139,8 +139,9 @@ class ModelThread:
         def loop() -> None:
             try:
                 first()
-                while step():
-                    pass
+                with torch.no_grad():
+                    while step():
+                        pass
             except BaseException as error:
                 self._break(error)
                 logger.exception("the model thread died")
