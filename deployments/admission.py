@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Admission:
         max_bytes: int,
         drain_s: Callable[[int], int] = lambda rows: 1,
         on_refusal: Callable[[], None] = lambda: None,
+        max_arriving: int = 64,
     ) -> None:
         self.max_rows = max_rows
         self.max_bytes = max_bytes
@@ -32,6 +34,28 @@ class Admission:
         self.bytes = 0
         self._drain_s = drain_s
         self._on_refusal = on_refusal
+        self._max_arriving = max_arriving
+        self._arriving: list[asyncio.Timeout] = []
+
+    @asynccontextmanager
+    async def receive(self, seconds: float) -> AsyncIterator[None]:
+        """Bound how long a block waits for a body: TimeoutError after `seconds`, or sooner where many arrive at once.
+
+        Ray Serve has given each request that sends a body one of the replica's places already, before any code of
+        ours has seen it. So that slow senders cannot hold them all, the one that has been sending longest is cut off
+        when another comes and `max_arriving` are.
+        """
+        async with asyncio.timeout(seconds) as timer:
+            if len(self._arriving) >= self._max_arriving:
+                oldest = self._arriving.pop(0)
+                if not oldest.expired():
+                    oldest.reschedule(0)
+            self._arriving.append(timer)
+            try:
+                yield
+            finally:
+                if timer in self._arriving:
+                    self._arriving.remove(timer)
 
     @contextmanager
     def hold_rows(self, rows: int) -> Iterator[None]:
@@ -64,12 +88,12 @@ class Held:
     """The bytes that one request holds."""
 
     def __init__(self, admission: Admission) -> None:
-        self._admission = admission
+        self.admission = admission
         self.bytes = 0
 
     def add(self, count: int) -> None:
         """Hold more bytes; Overloaded where they are too many."""
-        admission = self._admission
+        admission = self.admission
         if admission.bytes > self.bytes and admission.bytes + count > admission.max_bytes:
             raise admission.refuse(
                 f"requests hold {admission.bytes} bytes; {count} more are over {admission.max_bytes}"
@@ -79,7 +103,7 @@ class Held:
 
     def drop(self, count: int) -> None:
         """Hold so many bytes less."""
-        self._admission.bytes -= count
+        self.admission.bytes -= count
         self.bytes -= count
 
     def grow_to(self, count: int) -> None:

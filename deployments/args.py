@@ -236,7 +236,7 @@ def _check(args: ModelArgs) -> None:
         ("threads", 1 if args.threads is None else args.threads, 1),
     )
     for key, value, least in at_least:
-        if value < least:
+        if not value >= least:  # so that NaN is refused as well
             raise ConfigError(f"args.{key}", value, f"use {least} or more")
     if args.threads is not None and (args.batching.streams or 1) > args.threads:
         raise ConfigError("args.batching.streams", args.batching.streams, f"use {args.threads} (threads) or less")

@@ -39,17 +39,19 @@ async def read_body(request: Request, limits: BodyLimits, held: Held, lead: int 
     """Return the body, unpacked where it came packed; what follows its first `lead` bytes is aligned and writable.
 
     BodyTooLarge as soon as more than `limits.body_bytes` are announced, have come, or would be unpacked; BodyTooSlow
-    where it has not come in `limits.body_s`. Its bytes are held as soon as they are known of: Overloaded where the
-    replica has no room for them.
+    where it has not come in `limits.body_s`, or has taken longest of too many. Its bytes are held as soon as they are
+    known of: Overloaded where the replica has no room for them.
     """
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("identity", "", *_WINDOW_BITS):
         raise UnsupportedEncoding(f"content-encoding: {coding!r} is not one of gzip, deflate, identity")
     try:
-        async with asyncio.timeout(limits.body_s):
+        async with held.admission.receive(limits.body_s):
             chunks = await _collect(request, limits.body_bytes, held)
     except TimeoutError:
-        raise BodyTooSlow(f"the body was not there within {limits.body_s:g} s (limits.body_s)") from None
+        raise BodyTooSlow(
+            f"the body was not there in time: within {limits.body_s:g} s (limits.body_s), or sooner where many arrive"
+        ) from None
     if coding in _WINDOW_BITS:
         held.add(limits.body_bytes)  # as much as it may become, while it does
         try:

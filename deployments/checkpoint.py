@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deployments.errors import BadRequest
+from deployments.tensor_info import check_range
 from optim.shapes import Inputs
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ class TextCheckpoint:
             )
         self.max_length = max_length or self.longest
         self.vocabulary = int(self.config.get("vocab_size", 1000))
+        #: How many values each input has.
+        self._sizes = {
+            "input_ids": self.vocabulary,
+            "attention_mask": 2,
+            "token_type_ids": int(self.config.get("type_vocab_size") or 2),  # 0: the network ignores them
+        }
         self._tokenizer: Tokenizer | None = None
         self.input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
@@ -126,13 +133,22 @@ class TextCheckpoint:
         return self._tokenizer.encode(text)
 
     def take(self, tokens: Sequence[int]) -> Inputs:
-        """Return token ids as inputs; BadRequest where they are too many, or not in the vocabulary. -> [T] each."""
-        if not 1 <= len(tokens) <= self.max_length:
-            raise BadRequest(f"{len(tokens)} tokens; 1 to {self.max_length} are allowed")
-        wrong = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
-        if wrong is not None:
-            raise BadRequest(f"token {wrong} is not in the vocabulary, which ends at {self.vocabulary - 1}")
-        return self._without_padding(torch.tensor(tokens, dtype=torch.int64))
+        """Return token ids as inputs; BadRequest where they are too many, or beyond 64 bits. -> [T] each."""
+        self._check_length(len(tokens))
+        try:
+            return self._without_padding(torch.tensor(tokens, dtype=torch.int64))
+        except RuntimeError as error:  # whole numbers beyond 64 bits
+            raise BadRequest(f"the tokens are not in the vocabulary: {error}") from error
+
+    def check(self, inputs: Inputs) -> None:
+        """Raise BadRequest for tokens that are too many, or that the network's tables do not have. [B, T] each."""
+        self._check_length(inputs[0].shape[1])
+        for name, tensor in zip(self.input_names, inputs, strict=True):
+            check_range(name, tensor, 0, self._sizes[name])
+
+    def _check_length(self, length: int) -> None:
+        if not 1 <= length <= self.max_length:
+            raise BadRequest(f"{length} tokens; 1 to {self.max_length} are allowed")
 
     def example(self, batch_size: int, length: int | None) -> Inputs:
         """Return full rows of tokens, their mask of ones and, where needed, types of zero. -> [B, T] each."""

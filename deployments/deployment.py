@@ -66,6 +66,7 @@ class ModelReplica(InferenceServicer):
             args.limits.bytes_in_flight,
             self._seconds_to_drain,
             lambda: self._metrics.count("rejected"),
+            max_arriving=args.batching.max_queue,
         )
         self._service = ModelService(
             args,
@@ -191,9 +192,9 @@ class ModelReplica(InferenceServicer):
 
     def _look_around(self) -> None:
         """Do what is due now and then."""
+        self._keys.refresh()  # first: a key that was taken back must not wait for the others
         bring_forward_what_serves()  # those that Ray Serve has started since
         self._share.publish()
-        self._keys.refresh()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP application; Ray Serve calls it when the replica is ready."""

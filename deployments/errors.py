@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+#: Characters of a message: many of them repeat what the caller sent, which may be megabytes.
+_LONGEST = 1000
+
 
 class RequestError(Exception):
-    """A request that cannot be answered; `status` is its HTTP status."""
+    """A request that cannot be answered; `status` is its HTTP status. Long messages are cut."""
 
     status = 500
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        left_out = len(message) - _LONGEST
+        super().__init__(f"{message[:_LONGEST]}... ({left_out} more characters)" if left_out > 0 else message, *more)
 
 
 class BadRequest(RequestError):

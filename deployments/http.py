@@ -6,6 +6,8 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -13,10 +15,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments import oip, openai, openapi, torchserve
+from deployments.admission import Held
 from deployments.body import PACKED, pack, read_body
 from deployments.errors import BadRequest
 from deployments.keys import Keys
-from deployments.messages import read_json
+from deployments.messages import read_json, weigh_json, write_answer
 from deployments.replies import Endpoint, guard, json_reply, make_starlette
 from deployments.servable import Encoder
 from deployments.service import ModelService
@@ -66,7 +69,7 @@ def _check_model(service: ModelService, request: Request) -> None:
     service.check_model(request.path_params["model"], request.path_params.get("version"))
 
 
-def _time_left(request: Request, started: float) -> float | None:
+def time_left(request: Request, started: float) -> float | None:
     """Return the seconds left of those that the caller grants, or None where the configured time holds.
 
     Ray Serve's proxy reads the same header, and answers in words of its own when the time is over: ours has to be
@@ -99,13 +102,30 @@ async def _predict(service: ModelService, request: Request) -> Response:
     started = time.monotonic()
     with service.admission.hold_bytes() as held:
         body = bytes(await read_body(request, service.limits, held))
-        payload = await torchserve.decode_payload(request, body)
-        reply = await service.predict(payload, _time_left(request, started), held)
-    if isinstance(reply, bytes | bytearray | memoryview):
-        return Response(bytes(reply), media_type="application/octet-stream")
-    if isinstance(reply, str):
-        return Response(reply, media_type="text/plain")
-    return json_reply(reply)
+        payload = await _decode(service, request, body, held)
+        reply = await service.predict(payload, time_left(request, started), held)
+        if isinstance(reply, bytes | bytearray | memoryview):
+            return Response(bytes(reply), media_type="application/octet-stream")
+        if isinstance(reply, str):
+            return Response(reply, media_type="text/plain")
+        content = await service.aside(_size_as_json(reply), write_answer, reply)
+    return Response(content, media_type="application/json")
+
+
+async def _decode(service: ModelService, request: Request, body: bytes, held: Held) -> Any:
+    """Return the payload that a body holds."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return await torchserve.decode_payload(request, body, most_bytes=service.limits.body_bytes)
+    held.grow_to(weigh_json(body))
+    # Python's clients write NaN, TorchServe read it.
+    return await service.aside(len(body), partial(read_json, body, with_nan=True))
+
+
+def _size_as_json(reply: Any) -> int:
+    """Return about how many bytes a reply has as JSON, looking at its first element only."""
+    if not isinstance(reply, list) or not reply:
+        return 0
+    return len(reply) * max(_size_as_json(reply[0]), 20)
 
 
 async def _list_models(service: ModelService, request: Request) -> Response:
@@ -147,10 +167,13 @@ async def _infer(service: ModelService, request: Request) -> Response:
     length = oip.parse_length(request.headers.get(oip.HEADER_LENGTH))
     with service.admission.hold_bytes() as held:
         body = await read_body(request, service.limits, held, lead=length)
-        wanted = oip.read_request(service, body, length)
-        left = _time_left(request, started)
+        as_json = body if length is None else body[:length]
+        held.add(weigh_json(as_json))
+        wanted = await service.aside(len(as_json), oip.read_request, service, body, length)
+        left = time_left(request, started)
         outputs = await oip.run(service, wanted, wanted.timeout_s if left is None else left, held)
-        content, json_length = oip.write_reply(service, wanted, outputs)
+        figures = sum(tensor.numel() for tensor in outputs.values())
+        content, json_length = await service.aside(20 * figures, oip.write_reply, service, wanted, outputs)
     headers = {} if json_length is None else {oip.HEADER_LENGTH: str(json_length)}
     # Most libraries say of themselves that they can unpack several codings; who names a single one has asked for it.
     coding = request.headers.get("accept-encoding", "").strip().lower()
@@ -173,11 +196,14 @@ async def _describe_openai_model(service: ModelService, request: Request) -> Res
 async def _embed(service: ModelService, request: Request) -> Response:
     started = time.monotonic()
     with service.admission.hold_bytes() as held:
-        wanted = openai.parse_request(read_json(await read_body(request, service.limits, held)))
+        body = await read_body(request, service.limits, held)
+        held.grow_to(weigh_json(body))
+        wanted = openai.parse_request(await service.aside(len(body), read_json, body))
         service.check_model(wanted.model)
         if not isinstance(service.servable, Encoder):
             raise BadRequest(f"model: {wanted.model} makes no embeddings")
-        return json_reply(await openai.embed(service, wanted, timeout_s=_time_left(request, started), held=held))
+        content = await openai.embed(service, wanted, timeout_s=time_left(request, started), held=held)
+    return Response(content, media_type="application/json")
 
 
 #: What answers without a key where `auth.open_health` says so.

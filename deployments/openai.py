@@ -19,6 +19,7 @@ from deployments.errors import (
     Unauthorized,
     Unsupported,
 )
+from deployments.messages import write_answer
 from deployments.servable import Encoder
 from deployments.service import ModelService
 
@@ -102,8 +103,8 @@ def _are_tokens(items: list[Any]) -> bool:
     return all(map(_is_whole, items))
 
 
-async def embed(service: ModelService, wanted: EmbeddingsRequest, **how: Any) -> dict[str, Any]:
-    """Return the reply to a request; `how` goes to `ModelService.run_payloads`."""
+async def embed(service: ModelService, wanted: EmbeddingsRequest, **how: Any) -> bytes:
+    """Return the reply to a request, in JSON; `how` goes to `ModelService.run_payloads`."""
     encoder = service.servable
     assert isinstance(encoder, Encoder)
     counts: list[int] = []
@@ -119,15 +120,20 @@ async def embed(service: ModelService, wanted: EmbeddingsRequest, **how: Any) ->
         raise BadRequest(f"dimensions: {wanted.dimensions} is more than the {embeddings.shape[1]} that the model has")
     if wanted.dimensions is not None:  # the first of them, at length 1, as OpenAI's own models do it
         embeddings = torch.nn.functional.normalize(embeddings[:, : wanted.dimensions], dim=1)
+    return await service.aside(20 * embeddings.numel(), _write_reply, wanted, embeddings, sum(counts))
+
+
+def _write_reply(wanted: EmbeddingsRequest, embeddings: torch.Tensor, tokens: int) -> bytes:
     rows = embeddings.numpy().astype("<f4", copy=False)
-    return {
+    reply = {
         "object": "list",
         "data": [
             {"object": "embedding", "index": i, "embedding": _write(row, wanted.base64)} for i, row in enumerate(rows)
         ],
         "model": wanted.model,
-        "usage": {"prompt_tokens": sum(counts), "total_tokens": sum(counts)},
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
+    return write_answer(reply)
 
 
 def _write(row: np.ndarray[Any, Any], as_base64: bool) -> Any:

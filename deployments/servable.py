@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deployments.errors import BadRequest
 from optim.shapes import Inputs
 
 
@@ -43,7 +44,17 @@ class Servable(ABC):
         BadRequest (or ValueError) for a payload that cannot be understood. By default tensors and arrays are taken.
         """
         items = payload if isinstance(payload, tuple) else (payload,)
-        return tuple(torch.as_tensor(item) for item in items)
+        try:
+            return tuple(torch.as_tensor(item) for item in items)
+        except RuntimeError as error:  # objects, null, numbers beyond 64 bits
+            raise BadRequest(f"not a tensor: {error}") from error
+
+    def check(self, inputs: Inputs) -> None:  # noqa: B027 (most have nothing to check)
+        """Raise BadRequest for tensors of the right dtypes and shapes, with the batch dimension, that must not be run.
+
+        Such as token ids beyond the vocabulary: compiled code reads past the table's end, answers something, or ends
+        the process. Requests of every kind are checked, those of the tensor protocols and what `preprocess` made.
+        """
 
     def postprocess(self, output: Any) -> Any:
         """Turn the module's output for one request (without the batch dimension) into the reply.

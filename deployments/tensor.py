@@ -14,6 +14,7 @@ from torch import nn
 
 from deployments.errors import BadRequest
 from deployments.servable import Servable, forward_names
+from deployments.tensor_info import check_range
 from optim.errors import ConfigError
 from optim.shapes import Inputs
 from optim.strict import read_section
@@ -31,10 +32,11 @@ class TensorInput:
     """Any torch dtype by name. Default float32."""
     name: str | None = None
     """Name in the tensor protocols; default the name that the module's forward gives it."""
-    low: float = 0.0
+    low: float | None = None
     """Least value of examples. Default 0."""
-    high: float = 1.0
-    """Upper bound of the values of examples (for token ids: the size of the vocabulary). Default 1, whole numbers 2."""
+    high: float | None = None
+    """Upper bound of the values of examples (token ids: the size of the vocabulary), and of whole numbers in requests,
+    which may then be negative only down to `low`. Default 1, whole numbers 2, and no limit for requests."""
 
 
 class TensorModel(Servable):
@@ -64,6 +66,8 @@ class TensorModel(Servable):
             _find_factory(str(module))
         elif not self._path.is_file():
             raise ConfigError(f"model_args.{self._source}", str(self._path), "name a file that exists on this machine")
+        #: Whether the ranges of the inputs are the user's word, not what an archive's example happens to show.
+        self._declared = bool(inputs)
         self._inputs = tuple(
             read_section(f"model_args.inputs[{i}]", given, TensorInput) for i, given in enumerate(inputs or ())
         )
@@ -109,10 +113,20 @@ class TensorModel(Servable):
         shape = (rows, *(length or 0 if size == -1 else size for size in given.shape))
         dtype = _find_dtype("dtype", given.dtype)
         unit = torch.rand(shape, generator=generator)
+        low = given.low or 0.0
+        high = low + 1 if given.high is None else given.high
         if dtype.is_floating_point:
-            return (given.low + unit * (given.high - given.low)).to(dtype)
-        high = given.high if given.high > given.low + 1 else given.low + 2
-        return (given.low + unit * (high - given.low)).floor().to(dtype)
+            return (low + unit * (high - low)).to(dtype)
+        high = max(high, low + 1) if given.high is not None else low + 2
+        return (low + unit * (high - low)).floor().to(dtype)
+
+    def check(self, inputs: Inputs) -> None:
+        """Raise BadRequest for whole numbers beyond those that the configuration declares."""
+        for index, (given, tensor) in enumerate(zip(self._inputs, inputs, strict=True)):
+            is_whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+            if self._declared and is_whole and given.high is not None:
+                name = self.input_names[index] if self.input_names else f"input_{index}"
+                check_range(name, tensor, min(given.low or 0.0, 0.0), given.high)
 
     def preprocess(self, payload: Any) -> Inputs:
         """Turn one row, as a list, an array or an object by input name, into tensors of the declared dtypes."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deployments.datatypes import datatype
 from deployments.errors import BadRequest
 from optim.shapes import TensorSpec
 
@@ -23,10 +24,18 @@ class TensorInfo:
 
 
 def name_tensors(names: Sequence[str] | None, specs: tuple[TensorSpec, ...], kind: str) -> tuple[TensorInfo, ...]:
-    """Return what tensors are called and look like; numbered ones (`input_0`) where there are not enough names."""
+    """Return what tensors are called and look like; numbered ones (`input_0`) where there are not enough names.
+
+    TypeError for a dtype that no protocol can carry: such a model could not be described, nor asked.
+    """
     given = list(names or [])
     if len(given) != len(specs):
         given = [f"{kind}_{i}" for i in range(len(specs))]
+    for name, spec in zip(given, specs, strict=True):
+        try:
+            datatype(spec.dtype)
+        except TypeError as error:
+            raise TypeError(f"{kind} {name}: {error}") from None
     return tuple(TensorInfo(name, spec.dtype, spec.shape) for name, spec in zip(given, specs, strict=True))
 
 
@@ -34,6 +43,16 @@ def misfit(info: TensorInfo, shape: tuple[int, ...], tensor: torch.Tensor) -> Ba
     """Return the error for a tensor that is not of the input's dtype, or not of this shape."""
     expected = f"{_short(info.dtype)} {list(shape)}"
     return BadRequest(f"input {info.name}: expected {expected}, got {_short(tensor.dtype)} {list(tensor.shape)}")
+
+
+def check_range(name: str, tensor: torch.Tensor, low: float, high: float) -> None:
+    """Raise BadRequest where a tensor of whole numbers, on the CPU, has one below `low`, or not below `high`."""
+    values = tensor.numpy()  # torch has no least and greatest of uint16 and wider
+    if not values.size:
+        return
+    for value in (int(values.min()), int(values.max())):
+        if not low <= value < high:
+            raise BadRequest(f"input {name}: {value} is not allowed; use whole numbers from {low:g}, below {high:g}")
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

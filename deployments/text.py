@@ -60,6 +60,10 @@ class SentenceEncoder(Encoder):
         """Take token ids as they are, special ones included. -> [T] each."""
         return self._checkpoint.take(tokens)
 
+    def check(self, inputs: Inputs) -> None:
+        """Raise BadRequest for tokens that the checkpoint does not have, or too many of them. [B, T] each."""
+        self._checkpoint.check(inputs)
+
     def postprocess(self, output: torch.Tensor) -> list[float]:
         """Return the embedding. [D] -> D floats."""
         return output.float().tolist()
@@ -104,6 +108,10 @@ class SequenceClassifier(Servable):
     def preprocess(self, payload: Any) -> Inputs:
         """Tokenize one text or pair. -> [T] each."""
         return self._checkpoint.encode(*read_text(payload))
+
+    def check(self, inputs: Inputs) -> None:
+        """Raise BadRequest for tokens that the checkpoint does not have, or too many of them. [B, T] each."""
+        self._checkpoint.check(inputs)
 
     def postprocess(self, output: torch.Tensor) -> dict[str, float]:
         """Return the best labels and their probabilities. [L] -> {label: probability}."""

@@ -129,7 +129,10 @@ def other_data(inputs: Sequence[torch.Tensor], seed: int = 0) -> tuple[torch.Ten
 
 def _shuffle(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
-    mixed = tensor.detach().reshape(-1)[order].reshape(tensor.shape)
+    flat = tensor.detach().reshape(-1)
+    # torch has no index of these; their bits are moved as those of signed ones.
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(tensor.dtype)
+    mixed = (flat[order] if signed is None else flat.view(signed)[order].view(tensor.dtype)).reshape(tensor.shape)
     if tensor.dtype.is_floating_point:
         scale = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
         noise = 0.1 * torch.randn(tensor.shape, generator=generator, dtype=torch.float32)

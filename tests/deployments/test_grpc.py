@@ -194,6 +194,34 @@ def test_errors_of_tensors_name_what_is_wrong(port: int, change: Any, message: s
     assert message in caught.value.details()
 
 
+def send(port: int, raw: bytes) -> grpc.RpcError:
+    """Send bytes as a ModelInferRequest and return the error."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        ask = channel.unary_unary(f"/{PACKAGE}.{SERVICE}/ModelInfer", lambda given: given, lambda given: given)
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(raw, timeout=30)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xff" * 50, b"\x0a", b"\x0a\x7fshort", b"\x2a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", b"\x07"]
+)
+def test_bytes_that_are_no_message_are_the_callers_fault(port: int, raw: bytes) -> None:
+    error = send(port, raw)
+    assert (error.code().name, "is no ModelInferRequest" in error.details()) == ("INVALID_ARGUMENT", True)
+
+
+def test_a_message_of_countless_tensors_is_not_unpacked(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = send(port, b"\x2a\x00" * 1001)
+    assert error.details() == "the message has more than 1000 fields"
+    assert send(port, b"\x2a\x00" * 1000).details() != error.details()
+
+
+def test_nothing_is_unpacked_for_who_has_no_key(tiny: ModelService) -> None:
+    with listen_grpc(tiny, Keys(AuthArgs(), "0.0.0.0", {"PT2_API_KEYS": KEY})) as port:
+        assert send(port, b"\xff" * 50).code().name == "UNAUTHENTICATED"
+
+
 def test_keys_come_as_metadata(tiny: ModelService) -> None:
     given = [make_input("features", ROWS, "FP32")]
     with (

@@ -14,7 +14,7 @@ from deployments.errors import BadRequest
 from deployments.http import make_app
 from deployments.tensor import TensorModel
 from optim import ConfigError
-from tests.support import models
+from tests.support import backends, models  # noqa: F401 (registers the backend below)
 from tests.support.local import serve_locally
 
 TENSOR_MODEL = "deployments.tensor:TensorModel"
@@ -95,6 +95,18 @@ def test_two_inputs_lengths_and_a_mapping_out() -> None:
         metadata = client.get("/v2/models/mean").json()
         assert [(i["name"], i["shape"]) for i in metadata["inputs"]] == [("ids", [-1, -1]), ("mask", [-1, -1])]
         assert [o["name"] for o in metadata["outputs"]] == ["mean", "tokens"]
+        for wrong in (50, -1, 10**9):
+            tensors = [
+                {"name": name, "shape": [1, 3], "datatype": "INT64", "data": data}
+                for name, data in (("ids", [3, wrong, 9]), ("mask", mask))
+            ]
+            for path, body in (
+                ("v2/models/mean/infer", {"inputs": tensors}),
+                ("predictions/mean", {"ids": [wrong], "mask": [1]}),
+            ):
+                reply = client.post(f"/{path}", json=body)
+                assert reply.status_code == 400
+                assert f"input ids: {wrong} is not allowed; use whole numbers from 0, below 50" in reply.text
         reply = client.post("/predictions/mean", json={"ids": ids})
         assert reply.status_code == 400
         assert "the inputs must be ids, mask; got ids" in reply.json()["message"]

@@ -112,6 +112,30 @@ def test_embeddings_are_sentence_transformers_own_alone_and_in_any_mix(encoder: 
     assert {key: value for key, value in after.items() if key != "calls" and value} == {}
 
 
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[101, 30522]], [[1, 1]], "input input_ids: 30522 is not allowed; use whole numbers from 0, below 30522"),
+        ([[101, -1]], [[1, 1]], "input input_ids: -1"),
+        ([[101, 10**12]], [[1, 1]], "input input_ids: 1000000000000"),
+        ([[101, 102]], [[1, 2]], "input attention_mask: 2 is not allowed"),
+        ([[101] * 257], [[1] * 257], "257 tokens; 1 to 256 are allowed"),
+        ([[]], [[]], "0 tokens"),
+    ],
+)
+def test_tensors_that_the_networks_tables_do_not_have_are_refused(
+    encoder: ModelService, ids: list[list[int]], mask: list[list[int]], message: str
+) -> None:
+    # Compiled code would read past the table's end: another's embedding, or the end of the process.
+    tensors = [
+        {"name": name, "shape": [1, len(data[0])], "datatype": "INT64", "data": data}
+        for name, data in (("input_ids", ids), ("attention_mask", mask))
+    ]
+    with TestClient(make_app(encoder)) as client:
+        reply = client.post("/v2/models/sentence-encoder/infer", json={"inputs": tensors})
+    assert (reply.status_code, message in reply.json()["error"]) == (400, True), reply.text
+
+
 def test_a_text_over_http_in_every_form(encoder: ModelService) -> None:
     with TestClient(make_app(encoder)) as client:
         path, text = "/predictions/sentence-encoder", "A cat sat."

@@ -1,0 +1,215 @@
+"""What one request may ask of a replica: how much JSON, how long a message, which values, how slow a body."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+from torch import nn
+
+from deployments.admission import Admission
+from deployments.errors import BadRequest, Overloaded
+from deployments.http import make_app
+from deployments.messages import read_json, weigh_json
+from deployments.servable import Servable
+from deployments.service import ModelService
+from optim.shapes import Inputs
+from tests.support.http_server import listen
+from tests.support.local import serve_locally
+
+EAGER = {"compile": {"enable": False}}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[ModelService]:
+    with serve_locally({"model": "tests.support.servables:Tiny", "pt2": EAGER}) as service:
+        yield service
+
+
+@pytest.mark.parametrize("kind", ["[],", '{"a":1},'])
+def test_json_of_countless_containers_is_refused_before_it_is_read(kind: str) -> None:
+    body = f"[{kind * 500_000}0]".encode()
+    with pytest.raises(BadRequest, match="more than 500000 lists and objects"):
+        read_json(body)
+    assert len(read_json(f"[{kind * 499_999}0]".encode())) == 500_000
+
+
+def test_what_json_becomes_is_counted() -> None:
+    assert weigh_json(b"[1,2,3]") == 7 + 2 * 32 + 88
+    assert weigh_json(memoryview(b"{}")) == 2 + 88
+
+
+def test_large_json_is_read_beside_the_event_loop(tiny: ModelService) -> None:
+    async def run() -> tuple[int, int]:
+        own = threading.get_ident()
+        return await tiny.aside(100, threading.get_ident) == own, await tiny.aside(100_000, threading.get_ident) == own
+
+    assert asyncio.run(run()) == (True, False)
+    rows = [[0.5, -1, 2, 0, 1, 3, -2, 0.25]] * 60
+    tensor = {"name": "features", "shape": [60, 8], "datatype": "FP32", "data": rows}
+    padded = json.dumps({"inputs": [tensor]}).replace("0.5,", "0.5" + "0" * 2000 + ",")
+    with TestClient(make_app(tiny)) as client:
+        reply = client.post("/v2/models/tiny/infer", content=padded)
+        small = client.post("/v2/models/tiny/infer", json={"inputs": [tensor]})
+        assert len(padded) > 100_000
+        assert (reply.status_code, reply.json()) == (200, small.json())
+        wrong = client.post("/v2/models/tiny/infer", content=padded.replace("60, 8", "59, 8"))
+        assert wrong.status_code == 400
+    assert tiny.admission.bytes == 0
+
+
+def test_an_error_repeats_only_the_beginning_of_what_was_sent(tiny: ModelService) -> None:
+    with TestClient(make_app(tiny)) as client:
+        tensor = {"name": "features", "shape": [1, 8], "datatype": "X" * 100_000, "data": []}
+        reply = client.post("/v2/models/tiny/infer", json={"inputs": [tensor]})
+    assert reply.status_code == 400
+    assert "more characters)" in reply.json()["error"]
+    assert len(reply.content) < 1100
+    assert str(Overloaded("x" * 2000, 7)).endswith("... (1000 more characters)")
+    assert Overloaded("x" * 2000, 7).retry_after_s == 7
+
+
+@pytest.mark.parametrize("payload", ["{}", "null", "[1" + "0" * 400 + "]", '[{"a":1}]'])
+def test_a_payload_that_is_no_tensor_is_the_requests_fault(payload: str) -> None:
+    with serve_locally({"model": "tests.deployments.test_limits:Plain", "pt2": EAGER}) as service:
+        with TestClient(make_app(service)) as client:
+            reply = client.post("/predictions/plain", content=payload, headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.json()["type"]) == (400, "BadRequestException")
+
+
+@pytest.mark.parametrize("error", [IndexError("x"), AttributeError("x"), OverflowError("x"), OSError("no image")])
+def test_errors_of_preprocess_that_payloads_cause_are_bad_requests(error: Exception) -> None:
+    assert _status_of(error) == 400
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), FileNotFoundError(2, "no labels"), MemoryError()])
+def test_others_are_the_servers(error: Exception) -> None:
+    assert _status_of(error) == 500
+
+
+def test_a_scalar_input_is_taken_as_such() -> None:
+    with serve_locally({"model": "tests.deployments.test_limits:Scaled", "pt2": EAGER}) as service:
+        with TestClient(make_app(service)) as client:
+            inputs = client.get("/v2/models/scaled").json()["inputs"]
+            assert [(given["name"], given["shape"]) for given in inputs] == [("x", [-1, 2]), ("scale", [])]
+            tensors = [
+                {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]},
+                {"name": "scale", "shape": [], "datatype": "FP32", "data": [3]},
+            ]
+            reply = client.post("/v2/models/scaled/infer", json={"inputs": tensors})
+    assert reply.json()["outputs"][0]["data"] == [3, 6]
+
+
+def test_a_model_whose_dtype_no_protocol_has_does_not_start() -> None:
+    args = {"model": "tests.deployments.test_limits:Plain", "model_args": {"kind": "complex64"}, "pt2": EAGER}
+    with pytest.raises(TypeError, match="input x: torch.complex64 has no name in the Open Inference Protocol"):
+        with serve_locally(args):
+            pass
+
+
+@pytest.mark.parametrize("kind", ["uint16", "uint32", "uint64"])
+def test_unsigned_inputs_are_verified_and_served(kind: str) -> None:
+    args = {"model": "tests.deployments.test_limits:Plain", "model_args": {"kind": kind}, "pt2": EAGER}
+    tensor = {"name": "x", "shape": [1, 2], "datatype": kind.upper(), "data": [1, 2]}
+    with serve_locally(args) as service, TestClient(make_app(service)) as client:
+        assert client.post("/v2/models/plain/infer", json={"inputs": [tensor]}).json()["outputs"][0]["data"] == [1, 2]
+
+
+def test_the_slowest_sender_gives_way_where_too_many_send() -> None:
+    async def run() -> list[str]:
+        admission = Admission(1, 1, max_arriving=2)
+        ends: list[str] = []
+
+        async def send(name: str, until: asyncio.Event) -> None:
+            try:
+                async with admission.receive(30):
+                    await until.wait()
+                ends.append(f"{name} done")
+            except TimeoutError:
+                ends.append(f"{name} cut off")
+
+        never, soon = asyncio.Event(), asyncio.Event()
+        tasks = [asyncio.create_task(send("first", never)), asyncio.create_task(send("second", soon))]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(send("third", soon)))
+        await tasks[0]
+        soon.set()
+        await asyncio.gather(*tasks)
+        # The places are free again.
+        await asyncio.gather(send("fourth", soon), send("fifth", soon))
+        return ends
+
+    assert asyncio.run(run()) == ["first cut off", "second done", "third done", "fourth done", "fifth done"]
+
+
+def test_slow_senders_leave_room_for_a_good_request() -> None:
+    head = b"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    row = b"[0.5, -1, 2, 0, 1, 3, -2, 0.25]"
+    with serve_locally({"model": "tests.support.servables:Tiny", "pt2": EAGER}) as service:
+        service.admission._max_arriving = 3
+        with listen(make_app(service)) as port:
+            slow = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3)]
+            for number, connection in enumerate(slow):
+                connection.sendall(head % 99 + b"[")
+                while len(service.admission._arriving) < number + 1:
+                    pass
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as good:
+                good.sendall(head % len(row) + row)
+                assert good.recv(4096).startswith(b"HTTP/1.1 200 ")
+            assert slow[0].recv(4096).startswith(b"HTTP/1.1 408 ")
+            assert len(service.admission._arriving) == 2
+            for connection in slow:
+                connection.close()
+
+
+class Plain(Servable):
+    """Rows of two numbers, as they are."""
+
+    input_names = ("x",)
+
+    def __init__(self, kind: str = "float32") -> None:
+        self._kind = getattr(torch, kind)
+
+    def load(self) -> nn.Module:
+        return nn.Identity().eval()
+
+    def example(self, batch_size: int, length: int | None) -> Inputs:
+        return (torch.ones(batch_size, 2).to(self._kind),)
+
+
+class Failing(Plain):
+    """Raises what it is told to."""
+
+    error: Exception = ValueError()
+
+    def preprocess(self, payload: Any) -> Inputs:
+        raise self.error
+
+
+class _Scale(nn.Module):
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x * scale
+
+
+class Scaled(Servable):
+    """A row, and a figure for all rows."""
+
+    def load(self) -> nn.Module:
+        return _Scale().eval()
+
+    def example(self, batch_size: int, length: int | None) -> Inputs:
+        return torch.ones(batch_size, 2), torch.tensor(2.0)
+
+
+def _status_of(error: Exception) -> int:
+    Failing.error = error
+    with serve_locally({"model": "tests.deployments.test_limits:Failing", "pt2": EAGER}) as service:
+        with TestClient(make_app(service)) as client:
+            return int(client.post("/predictions/failing", content=b"x").status_code)
