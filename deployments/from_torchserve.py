@@ -59,9 +59,10 @@ def convert(given: Mapping[str, Any], model: str, name: str) -> tuple[dict[str, 
     if timeout is not None:
         args["limits"] = {"timeout_s": float(timeout)}
     device = rest.pop("deviceType", None)
-    if device == "gpu":
+    kind = device.lower() if isinstance(device, str) else device  # TorchServe does not care about case
+    if kind == "gpu":
         deployment["ray_actor_options"]["num_gpus"] = 1
-    elif device not in (None, "cpu"):
+    elif kind not in (None, "cpu"):
         remarks.append(f"deviceType: {device!r}: replicas run on CPUs and NVIDIA GPUs")
     if "pt2" in rest:
         args["pt2"] = rest.pop("pt2")

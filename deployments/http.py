@@ -94,7 +94,7 @@ async def _ping(service: ModelService, request: Request) -> Response:
 
 
 async def _openapi(service: ModelService, request: Request) -> Response:
-    return json_reply(openapi.describe(service))
+    return json_reply(openapi.describe(service, request.scope.get("root_path", "")))
 
 
 async def _predict(service: ModelService, request: Request) -> Response:
@@ -133,7 +133,8 @@ async def _list_models(service: ModelService, request: Request) -> Response:
 
 
 async def _describe_model(service: ModelService, request: Request) -> Response:
-    _check_model(service, request)
+    version = request.path_params.get("version")
+    service.check_model(request.path_params["model"], None if version == "all" else version)  # TorchServe's word
     return json_reply(torchserve.model_description(service))
 
 

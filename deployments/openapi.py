@@ -14,6 +14,7 @@ Json = dict[str, Any]
 _TEXT: Json = {"type": "string"}
 _TEXTS: Json = {"type": "array", "items": _TEXT}
 _TEXT_OR_NULL: Json = {"type": ["string", "null"]}
+_FLAG: Json = {"type": "boolean"}
 _WHOLE: Json = {"type": "integer"}
 _ANY: Json = {}
 #: What the statuses mean, of any path.
@@ -21,19 +22,18 @@ _MEANINGS = {
     400: "the request is wrong; the message names what",
     401: "a key is needed, or the one given is wrong",
     404: "no such path, model or version",
-    405: "the path has other methods",
     408: "the deadline passed, or the body was too slow",
     413: "the body is over `limits.body_bytes`",
     415: "the body is packed in a way that is not known here",
     500: "the model failed",
     501: "the protocol has it, this server has not",
-    503: "the queue is full, or the model cannot answer any more; Retry-After says when to try again",
+    503: "the queue is full (Retry-After says when to try again), or the model cannot answer any more",
 }
 _LOOKUP, _BODY = (401, 404), (400, 401, 404, 408, 413, 415, 500, 501, 503)
 
 
-def describe(service: ModelService) -> Json:
-    """Return the description for one model; its names, version, inputs and outputs are in it."""
+def describe(service: ModelService, root: str = "") -> Json:
+    """Return the description for one model below a root; its names, version, inputs and outputs are in it."""
     names = {"model": service.name, "version": service.version}
     paths: Json = {}
 
@@ -43,8 +43,14 @@ def describe(service: ModelService) -> Json:
             parameters = [*parameters, _TIMEOUT]
         error = _ERRORS["v2" if path.startswith("/v2") else "v1" if path.startswith("/v1") else "torchserve"]
         responses: Json = {"200": {"description": "the answer", "content": ok}}
+        if path in _HEALTH and not service.args.auth.open_health:
+            statuses = (401, *statuses)
         for status in statuses:
-            responses[str(status)] = {"description": _MEANINGS[status], "content": _json(error)}
+            is_ping = (path, status) == ("/ping", 500)  # the status in words, as TorchServe has it
+            responses[str(status)] = {
+                "description": _MEANINGS[status],
+                "content": _json(_object(status=_TEXT) if is_ping else error),
+            }
         operation = {"summary": text, "parameters": parameters, "responses": responses}
         if body is not None:
             operation["requestBody"] = {"required": True, "content": body}
@@ -63,11 +69,11 @@ def describe(service: ModelService) -> Json:
         described = {"type": "array", "items": {"type": "object"}}
         add(path, "get", "The model, and the compile report of the replica that answers", _json(described), _LOOKUP)
     add("/v2", "get", "The server", _json(_object(name=_TEXT, version=_TEXT, extensions=_TEXTS)), (401,))
-    add("/v2/health/live", "get", "Whether the server runs", _json(_object(live={"type": "boolean"})), ())
-    add("/v2/health/ready", "get", "Whether the model can answer", _json(_object(ready={"type": "boolean"})), (503,))
+    add("/v2/health/live", "get", "Whether the server runs", _json(_object(live=_FLAG)), ())
+    add("/v2/health/ready", "get", "Whether the model can answer", _json(_object(ready=_FLAG)), (503,))
     for path in _MODEL:
         add(path, "get", "The model's inputs and outputs", _json(_METADATA), _LOOKUP)
-        ready = _object(name=_TEXT, ready={"type": "boolean"})
+        ready = _object(name=_TEXT, ready=_FLAG)
         add(f"{path}/ready", "get", "Whether the model can answer", _json(ready), (404, 503))
         answer = {**_json(_infer_answer()), "application/octet-stream": {"schema": _ANY}}
         add(f"{path}/infer", "post", _infer_text(service), answer, _BODY, _infer_body())
@@ -82,6 +88,7 @@ def describe(service: ModelService) -> Json:
     return {
         "openapi": "3.1.0",
         "info": {"title": f"pt2-serve: {service.name}", "version": service.version},
+        "servers": [{"url": root or "/"}],
         "paths": paths,
         "components": {
             "securitySchemes": {
@@ -116,15 +123,14 @@ _TIMEOUT: Json = {
 _ERRORS: dict[str, Json] = {
     "torchserve": _object(code=_WHOLE, type=_TEXT, message=_TEXT),
     "v2": _object(error=_TEXT),
-    "v1": _object(
-        error=_object(message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]})
-    ),
+    "v1": _object(error=_object(message=_TEXT, type=_TEXT, param=_TEXT_OR_NULL, code=_TEXT_OR_NULL)),
 }
 _PAYLOADS: Json = {
     "application/json": {"schema": _ANY},
     "text/plain": {"schema": _TEXT},
     "application/octet-stream": {"schema": _ANY},
-    "multipart/form-data": {"schema": _object(data=_TEXT)},
+    "multipart/form-data": {"schema": {"anyOf": [_object(data=_TEXT), _object(body=_TEXT)]}},
+    "application/x-www-form-urlencoded": {"schema": {"anyOf": [_object(data=_TEXT), _object(body=_TEXT)]}},
 }
 _TENSOR_METADATA = _object(name=_TEXT, datatype=_TEXT, shape={"type": "array", "items": _WHOLE})
 _METADATA = _object(

@@ -53,6 +53,13 @@ def test_workers_batches_and_devices() -> None:
     assert args["batching"] == {"batch_sizes": [1], "max_queue": 1}
 
 
+def test_the_case_of_a_device_does_not_matter() -> None:
+    _, deployment, remarks = translate(deviceType="GPU")
+    assert (deployment["ray_actor_options"]["num_gpus"], remarks) == (1, [])
+    _, deployment, remarks = translate(deviceType="Cpu")
+    assert (deployment["ray_actor_options"], remarks) == ({"num_cpus": 1}, [])
+
+
 def test_what_has_no_counterpart_is_told() -> None:
     _, _, remarks = translate(
         maxBatchDelay=100, handler={"max_length": 150}, parallelType="tp", deviceType="tpu", useVenv=True

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 
 from deployments.admission import Admission
 from deployments.errors import BadRequest, Overloaded
+from deployments.headers import middlewares
 from deployments.http import make_app
 from deployments.messages import read_json, weigh_json
 from deployments.servable import Servable
@@ -31,6 +33,13 @@ EAGER = {"compile": {"enable": False}}
 def tiny() -> Iterator[ModelService]:
     with serve_locally({"model": "tests.support.servables:Tiny", "pt2": EAGER}) as service:
         yield service
+
+
+@contextmanager
+def serve(name: str, **model_args: Any) -> Iterator[TestClient]:
+    args = {"model": f"tests.deployments.test_limits:{name}", "model_args": model_args, "pt2": EAGER}
+    with serve_locally(args) as service, TestClient(make_app(service)) as client:
+        yield client
 
 
 @pytest.mark.parametrize("kind", ["[],", '{"a":1},'])
@@ -78,9 +87,8 @@ def test_an_error_repeats_only_the_beginning_of_what_was_sent(tiny: ModelService
 
 @pytest.mark.parametrize("payload", ["{}", "null", "[1" + "0" * 400 + "]", '[{"a":1}]'])
 def test_a_payload_that_is_no_tensor_is_the_requests_fault(payload: str) -> None:
-    with serve_locally({"model": "tests.deployments.test_limits:Plain", "pt2": EAGER}) as service:
-        with TestClient(make_app(service)) as client:
-            reply = client.post("/predictions/plain", content=payload, headers={"content-type": "application/json"})
+    with serve("Plain") as client:
+        reply = client.post("/predictions/plain", content=payload, headers={"content-type": "application/json"})
     assert (reply.status_code, reply.json()["type"]) == (400, "BadRequestException")
 
 
@@ -95,30 +103,26 @@ def test_others_are_the_servers(error: Exception) -> None:
 
 
 def test_a_scalar_input_is_taken_as_such() -> None:
-    with serve_locally({"model": "tests.deployments.test_limits:Scaled", "pt2": EAGER}) as service:
-        with TestClient(make_app(service)) as client:
-            inputs = client.get("/v2/models/scaled").json()["inputs"]
-            assert [(given["name"], given["shape"]) for given in inputs] == [("x", [-1, 2]), ("scale", [])]
-            tensors = [
-                {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]},
-                {"name": "scale", "shape": [], "datatype": "FP32", "data": [3]},
-            ]
-            reply = client.post("/v2/models/scaled/infer", json={"inputs": tensors})
+    with serve("Scaled") as client:
+        inputs = client.get("/v2/models/scaled").json()["inputs"]
+        assert [(given["name"], given["shape"]) for given in inputs] == [("x", [-1, 2]), ("scale", [])]
+        tensors = [
+            {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]},
+            {"name": "scale", "shape": [], "datatype": "FP32", "data": [3]},
+        ]
+        reply = client.post("/v2/models/scaled/infer", json={"inputs": tensors})
     assert reply.json()["outputs"][0]["data"] == [3, 6]
 
 
 def test_a_model_whose_dtype_no_protocol_has_does_not_start() -> None:
-    args = {"model": "tests.deployments.test_limits:Plain", "model_args": {"kind": "complex64"}, "pt2": EAGER}
-    with pytest.raises(TypeError, match="input x: torch.complex64 has no name in the Open Inference Protocol"):
-        with serve_locally(args):
-            pass
+    with pytest.raises(TypeError, match=r"input x: torch\.complex64 has no name"), serve("Plain", kind="complex64"):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["uint16", "uint32", "uint64"])
 def test_unsigned_inputs_are_verified_and_served(kind: str) -> None:
-    args = {"model": "tests.deployments.test_limits:Plain", "model_args": {"kind": kind}, "pt2": EAGER}
     tensor = {"name": "x", "shape": [1, 2], "datatype": kind.upper(), "data": [1, 2]}
-    with serve_locally(args) as service, TestClient(make_app(service)) as client:
+    with serve("Plain", kind=kind) as client:
         assert client.post("/v2/models/plain/infer", json={"inputs": [tensor]}).json()["outputs"][0]["data"] == [1, 2]
 
 
@@ -210,6 +214,21 @@ class Scaled(Servable):
 
 def _status_of(error: Exception) -> int:
     Failing.error = error
-    with serve_locally({"model": "tests.deployments.test_limits:Failing", "pt2": EAGER}) as service:
-        with TestClient(make_app(service)) as client:
-            return int(client.post("/predictions/failing", content=b"x").status_code)
+    with serve("Failing") as client:
+        return int(client.post("/predictions/failing", content=b"x").status_code)
+
+
+def test_header_values_reach_ray_serve_as_utf8() -> None:
+    (middleware,) = middlewares()
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["headers"])
+
+    async def ask(*values: bytes) -> None:
+        scope = {"type": "http", "headers": [(b"x-request-id", value) for value in values]}
+        await middleware.cls(app, *middleware.args, **middleware.kwargs)(scope, None, None)  # type: ignore[arg-type]
+
+    asyncio.run(ask(b"\xff7", "é".encode()))
+    asyncio.run(ask(b"plain"))
+    assert [[value for _, value in headers] for headers in seen] == [["\ufffd7".encode(), "é".encode()], [b"plain"]]

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 from starlette.routing import Route
+from starlette.testclient import TestClient
 
+from deployments.args import AuthArgs
 from deployments.http import make_app
+from deployments.keys import Keys
+from deployments.openapi import describe
 from deployments.service import ModelService
 from tests.support.fuzz import ALLOWED, Client, Request, make_request
 from tests.support.http_server import listen
@@ -45,6 +49,26 @@ def test_every_route_is_described(service: ModelService, client: Client) -> None
     # Neither of the two makes embeddings, so that path is not theirs, though it says so in OpenAI's words.
     assert served - described == {("/openapi.json", "get"), ("/v1/embeddings", "post")}
     assert described <= served
+
+
+def test_the_description_says_below_which_root_and_who_needs_a_key() -> None:
+    args = {
+        "model": "tests.support.servables:Tiny",
+        "pt2": {"compile": {"enable": False}},
+        "auth": {"open_health": False},
+    }
+    with serve_locally(args) as service:
+        described = describe(service, "/tiny")
+        keys = Keys(AuthArgs(open_health=False), "0.0.0.0", {"PT2_API_KEYS": "0123456789abcdef"})
+        with TestClient(make_app(service, keys)) as client:
+            for path, methods in described["paths"].items():
+                for method, operation in methods.items():
+                    status = client.request(method, path.format(model="tiny", version="1")).status_code
+                    assert (status, "401" in operation["responses"]) == (401, True), (method, path)
+            assert client.get("/openapi.json").status_code == 401
+    assert described["servers"] == [{"url": "/tiny"}]
+    ping = described["paths"]["/ping"]["get"]["responses"]["500"]
+    assert list(ping["content"]["application/json"]["schema"]["properties"]) == ["status"]
 
 
 def find_operation(paths: dict[str, Any], request: Request) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import stat
@@ -75,6 +76,8 @@ def test_tls_takes_the_way_that_has_it(temporary: Path, capsys: pytest.CaptureFi
 
 def test_ray_looks_less_often_whether_there_is_something_to_do_unless_told_otherwise(temporary: Path) -> None:
     assert make_environment(8123, {})["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "0.5"
+    module, _, name = make_environment(8123, {})["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].rpartition(".")
+    assert callable(getattr(importlib.import_module(module), name))
     own = make_environment(8123, {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1"})
     assert own["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "0.1"
 

@@ -59,7 +59,15 @@ def make_request(number: int, model: str, inputs: list[dict[str, Any]]) -> Reque
     headers = {}
     if r.random() < 0.5:
         headers["Content-Type"] = r.choice(
-            ["application/json", "text/plain", "multipart/form-data", "multipart/form-data; boundary=x", "a/b", "\xff"]
+            [
+                "application/json",
+                "text/plain",
+                "multipart/form-data",
+                "multipart/form-data; boundary=x",
+                "application/x-www-form-urlencoded",
+                "a/b",
+                "\xff",
+            ]
         )
     if "infer" in path and r.random() < 0.6:
         headers[LENGTH] = r.choice([str(r.randrange(len(body) + 2)), "0", "-1", "x", "9" * 25, " 5", "1e3"])
@@ -70,7 +78,9 @@ def make_request(number: int, model: str, inputs: list[dict[str, Any]]) -> Reque
     if r.random() < 0.1:
         headers["x-request-timeout-seconds"] = r.choice(["nan", "-1", "0", "inf", "1e-9", "x", "5"])
     if r.random() < 0.05:
-        headers["x-request-id"] = "i" * r.choice([1, 100, 3000])
+        headers["x-request-id"] = r.choice(["i", "\xff", "é"]) * r.choice([1, 100, 3000])
+    if r.random() < 0.02:
+        headers[r.choice(["x-request-disconnect-disabled", "x-session-id", "serve_multiplexed_model_id"])] = "\xff"
     return Request(r.choice(["POST"] * 16 + ["PUT", "GET", "DELETE", "PATCH"]), path, body, headers)
 
 
@@ -87,6 +97,12 @@ def _make_body(r: random.Random, path: str, inputs: list[dict[str, Any]]) -> byt
         return r.choice(
             [b"{", b"[1,]", b'"\xff"', b"NaN", b"1e999", b"\xef\xbb\xbf{}", b'{"inputs": [', b"null", b"{}"]
         )
+    if "predictions" in path and kind < 0.5:  # a row that is nearly one, a text, a form
+        odd = r.choice(["NaN", "1e999", "-Infinity", "1" + "0" * 400, "1e308", '"x"', "null", "true", "[]", "{}"])
+        row = f"[{odd}{',0.5' * r.choice([0, 7, 8, 100])}]"
+        return r.choice(
+            [row, f'{{"text": {odd}}}', f'{{"data": {odd}}}', f"data={odd}", f'"{"QUJD" * 9}"', "[" * 3 + odd]
+        ).encode()
     if "embeddings" in path:
         message: Any = {
             "model": r.choice(["sentence-encoder", "x", None]),
@@ -110,7 +126,7 @@ def _make_tensor(r: random.Random, given: dict[str, Any]) -> dict[str, Any]:
     if r.random() < 0.2:
         tensor["name"] = "payload"
     if r.random() < 0.5:
-        tensor["data"] = [r.choice([0, 1, 0.5, -1])] * min(count, 3000)
+        tensor["data"] = [r.choice([0, 1, 0.5, -1, 10**9, 10**20])] * min(count, 3000)
     else:
         tensor["parameters"] = {"binary_data_size": copy.deepcopy(r.choice([*_VALUES, 5, 64, 6144]))}
     return tensor
