@@ -19,7 +19,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises RayServeException, the one error that Ray Serve reports without a traceback and without trying again;
     a `serve run` that has started its own Ray then ends.
     """
-    in_task = _is_the_task_of_ray_serve()
+    in_task = is_the_task_of_ray_serve()
     if in_task:
         last_in_line_for_good()
     # Imported here, since importing torch takes seconds, during which requests to the version before are served.
@@ -39,7 +39,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     return make_deployment(parsed).bind(parsed)
 
 
-def _is_the_task_of_ray_serve() -> bool:
+def is_the_task_of_ray_serve() -> bool:
     """Return whether this process is the one in which Ray Serve builds an application, and which ends with that."""
     name = ray.get_runtime_context().get_task_function_name() if ray.is_initialized() else None
     return name is not None and name.endswith("build_serve_application")

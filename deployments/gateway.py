@@ -8,44 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import math
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve._private.common import ReplicaState
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus
+from ray.serve.exceptions import RayServeException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments import oip
 from deployments.admission import Admission
+from deployments.app import is_the_task_of_ray_serve
 from deployments.args import AuthArgs, LimitsArgs
-from deployments.asgi_call import Headers
+from deployments.asgi_call import hand_over
 from deployments.body import read_body
-from deployments.errors import BadRequest, ModelNotFound, NotReady
+from deployments.directory import Directory
+from deployments.driver import stop_serve_run_soon
+from deployments.errors import BadRequest, ModelNotFound
 from deployments.http_host import find_http_host
 from deployments.keys import Keys
-from deployments.messages import read_json
-from deployments.replies import Endpoint, guard, json_reply, make_starlette, path_of
+from deployments.messages import read_json, weigh_json
+from deployments.replies import Endpoint, guard, json_reply, make_starlette
 from optim.errors import ConfigError
 from optim.strict import read_section
 
-logger = logging.getLogger(__name__)
-#: How old the list of models may be before it is looked up again, in seconds.
-_FRESH_S = 2.0
-#: How long the first request may wait for that list, in seconds.
-_PATIENCE_S = 10.0
-#: Headers that belong to one connection, or that say what the body was before it was read.
-_NOT_HANDED_ON = (b"host", b"connection", b"transfer-encoding", b"content-length", b"content-encoding")
+#: Requests that it has at once; half of them may be waiting for their bodies.
+_MOST_REQUESTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +51,8 @@ class GatewayLimits:
     """Seconds until a request's body has to be there. Default 30."""
     bytes_in_flight: int = LimitsArgs.bytes_in_flight
     """Bodies it holds before it answers 503. Default 256 MiB."""
+    timeout_s: float | None = None
+    """Seconds until a model's reply has to be there; `x-request-timeout-seconds` replaces it. Default none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,99 +68,24 @@ class GatewayArgs:
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
-    """Check `args` and return the gateway's application."""
+    """Check `args` and return the gateway's application; errors are those of `deployments.app:build`."""
     try:
         parsed = parse_args(args)
+        if is_the_task_of_ray_serve():  # where keys are needed and there are none, say so at once
+            Keys(parsed.auth, find_http_host(), os.environ)
     except ConfigError as error:
-        raise RayServeException(f"configuration error: {error}") from None
-    return serve.deployment(name="gateway", max_ongoing_requests=1000)(Gateway).bind(parsed)
+        stops = "; stopping `serve run`" if stop_serve_run_soon() else ""
+        raise RayServeException(f"configuration error: {error}{stops}") from None
+    return serve.deployment(name="gateway", max_ongoing_requests=_MOST_REQUESTS)(Gateway).bind(parsed)
 
 
 def parse_args(args: Any) -> GatewayArgs:
     """Return the gateway's args; ConfigError names the key, the value and what is allowed."""
     parsed = read_section("args", args, GatewayArgs)
     for key, value in asdict(parsed.limits).items():
-        if not value > 0:
+        if value is not None and not value > 0:  # NaN is not above 0 either
             raise ConfigError(f"args.limits.{key}", value, "use a number above 0")
     return parsed
-
-
-class Directory:
-    """Which models there are, by name, with a handle to each; belongs to the event loop.
-
-    It is looked up again beside the requests, which meanwhile go by what was found before: Ray Serve's controller may
-    be away, and while it builds a new version of an application it does not know what that one has.
-    """
-
-    def __init__(self, applications: list[str] | None, own: str) -> None:
-        self._applications = applications
-        self._own = own
-        self._found: dict[str, DeploymentHandle[Any]] = {}
-        self._waiting: dict[str, str] = {}
-        self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}
-        self._looked = -math.inf
-        self._looking: asyncio.Task[None] | None = None
-
-    async def handles(self) -> dict[str, DeploymentHandle[Any]]:
-        """Return the models that can answer; NotReady where they could not be looked up yet."""
-        if time.monotonic() - self._looked > _FRESH_S and (self._looking is None or self._looking.done()):
-            self._looking = asyncio.create_task(self._look_up())
-        if self._looked == -math.inf and self._looking is not None:
-            await asyncio.wait([self._looking], timeout=_PATIENCE_S)
-            if self._looked == -math.inf:
-                raise NotReady("Ray Serve has not yet said which models there are")
-        return self._found
-
-    async def find(self, model: str) -> DeploymentHandle[Any]:
-        """Return a model's handle; ModelNotFound, or NotReady where it may come yet."""
-        found = (await self.handles()).get(model)
-        if found is not None:
-            return found
-        if self._waiting:
-            raise NotReady(f"model {model} is not ready: {self._what_waits()}")
-        raise ModelNotFound(f"Model not found: {model}")
-
-    async def check_ready(self) -> None:
-        """Raise NotReady where an application has no model that can answer."""
-        await self.handles()
-        if self._waiting:
-            raise NotReady(f"not ready: {self._what_waits()}")
-
-    def _what_waits(self) -> str:
-        return "; ".join(f"{name} is {status}" for name, status in self._waiting.items())
-
-    async def _look_up(self) -> None:
-        try:
-            await asyncio.to_thread(self._look)
-        except Exception:  # whatever keeps the controller from answering
-            logger.exception("the models could not be looked up; those found before stay")
-        else:
-            self._looked = time.monotonic()
-
-    def _look(self) -> None:
-        found: dict[str, DeploymentHandle[Any]] = {}
-        waiting: dict[str, str] = {}
-        for name, application in sorted(serve.status().applications.items()):
-            status = application.status
-            if name == self._own or (self._applications is not None and name not in self._applications):
-                continue
-            if status == ApplicationStatus.DELETING:
-                continue
-            states = {model: deployment.replica_states for model, deployment in application.deployments.items()}
-            models = [model for model, replicas in states.items() if replicas.get(ReplicaState.RUNNING)]
-            if not states:  # a version is being built, or could not be: the one before goes on serving
-                models = [model for app, model in self._handles if app == name]
-            if not models and status in (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING):
-                waiting[name] = status.value
-            for model in models:
-                if (name, model) not in self._handles:
-                    self._handles[name, model] = serve.get_deployment_handle(model, name)
-                if model in found:
-                    other = found[model].deployment_id.app_name
-                    logger.warning("applications %s and %s both have a model %s: the first answers", other, name, model)
-                else:
-                    found[model] = self._handles[name, model]
-        self._found, self._waiting = found, waiting
 
 
 @serve.ingress()
@@ -177,7 +97,8 @@ class Gateway:
         self._args = args
         self._keys = Keys(args.auth, find_http_host(), os.environ)
         self._directory = Directory(args.applications, serve.get_replica_context().app_name)
-        self._admission = Admission(1, args.limits.bytes_in_flight)
+        self._admission = Admission(1, args.limits.bytes_in_flight, max_arriving=_MOST_REQUESTS // 2)
+        self._ask = partial(hand_over, timeout_s=args.limits.timeout_s)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP application; Ray Serve calls it when the replica is ready."""
@@ -208,19 +129,22 @@ class Gateway:
         await asyncio.to_thread(self._keys.refresh)
 
     async def _by_path(self, request: Request) -> Response:
+        started = time.monotonic()
         handle = await self._directory.find(request.path_params["model"])
         with self._admission.hold_bytes() as held:
             body = await read_body(request, self._args.limits, held)
-            return await _hand_over(handle, request, bytes(body))
+            return await self._ask(handle, request, bytes(body), started)
 
     async def _by_body(self, request: Request) -> Response:
+        started = time.monotonic()
         with self._admission.hold_bytes() as held:
             body = bytes(await read_body(request, self._args.limits, held))
+            held.grow_to(weigh_json(body))
             message = read_json(body)
             model = message.get("model") if isinstance(message, dict) else None
             if not isinstance(model, str):
                 raise BadRequest(f"model: {model!r} is not the name of a model")
-            return await _hand_over(await self._directory.find(model), request, body)
+            return await self._ask(await self._directory.find(model), request, body, started)
 
     async def _ping(self, request: Request) -> Response:
         return json_reply({"status": "Healthy"})
@@ -239,9 +163,9 @@ class Gateway:
         return json_reply({"ready": True})
 
     async def _ask_all(self, request: Request) -> list[Response]:
-        """Return what every model answers to a request; applications that are not ours have none."""
-        handles = (await self._directory.handles()).values()
-        asked = [_hand_over(handle, request, b"") for handle in handles]
+        """Return what every running model answers to a request; applications that are not ours have none."""
+        started = time.monotonic()
+        asked = [self._ask(handle, request, b"", started) for handle in await self._directory.running()]
         replies = await asyncio.gather(*asked, return_exceptions=True)
         for reply in replies:
             if isinstance(reply, BaseException) and not isinstance(reply, ModelNotFound):
@@ -261,20 +185,3 @@ class Gateway:
         if replies and not good:
             return replies[-1]
         return json_reply({**rest, key: [item for reply in good for item in json.loads(bytes(reply.body))[key]]})
-
-
-async def _hand_over(handle: DeploymentHandle[Any], request: Request, body: bytes) -> Response:
-    """Ask a model's replica, and return its reply; NotReady where that is lost on the way."""
-    headers: Headers = [(key, value) for key, value in request.headers.raw if key.lower() not in _NOT_HANDED_ON]
-    headers.append((b"content-length", str(len(body)).encode()))
-    path = path_of(request)
-    try:
-        status, found, content = await handle.answer.remote(request.method, path, headers, body)
-    except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
-        logger.warning("a replica of %s was lost: %s", handle.deployment_id, error)
-        raise NotReady("the replica that had the request was lost; try again") from error
-    except RayServeException as error:  # it has no such method
-        raise ModelNotFound(f"Model not found: {handle.deployment_id.name} is none of ours") from error
-    reply = Response(content, status)
-    reply.raw_headers = found
-    return reply
