@@ -10,10 +10,11 @@ endif
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
 
-.PHONY: install install-latest serve test test-latest check format bench bench-engines bench-serving bench-latency bench-hop bench-binary bench-start bench-changes bench-behind ahead clean
+.PHONY: install install-latest install-clients serve test test-latest test-clients check format bench bench-engines bench-serving bench-latency bench-hop bench-binary bench-start bench-changes bench-behind ahead clean
 
 install: .venv/.installed
 install-latest: .venv-latest/.installed
+install-clients: .venv-clients/.installed
 
 # torch 2.8 with IPEX, the main environment.
 .venv/.installed: pyproject.toml constraints/main.txt
@@ -25,6 +26,12 @@ install-latest: .venv-latest/.installed
 .venv-latest/.installed: pyproject.toml constraints/latest.txt
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/latest.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+# Clients of the protocols that do not go with the main environment: openai 1.0.0, and schemathesis.
+.venv-clients/.installed: constraints/clients.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/clients.txt openai schemathesis
 	touch $@
 
 serve: .venv/.installed
@@ -43,6 +50,9 @@ test: .venv/.installed
 test-latest: .venv-latest/.installed
 	.venv-latest/bin/python -m pytest tests/optim $(PYTEST_ARGS)
 	.venv-latest/bin/python -m pytest tests/deployments tests/e2e/test_serve.py $(PYTEST_ARGS)
+
+test-clients: .venv/.installed .venv-clients/.installed
+	.venv/bin/python -m pytest tests/deployments/test_old_clients.py $(PYTEST_ARGS)
 
 check: .venv/.installed
 	.venv/bin/ruff check .
@@ -87,4 +97,4 @@ bench-behind: .venv/.bench-installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-latest build *.egg-info
+	rm -rf .venv .venv-latest .venv-clients build *.egg-info

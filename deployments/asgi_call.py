@@ -17,7 +17,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from deployments.errors import DeadlineExceeded, ModelNotFound, NotReady
-from deployments.http import TIMEOUT_HEADER, time_left
+from deployments.headers import OWN_TIMEOUT, TIMEOUT
+from deployments.http import time_left
 from deployments.replies import path_of
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ Headers = list[tuple[bytes, bytes]]
 #: Headers that belong to one connection, that say what the body was before it was read, or how long there was then.
 _NOT_HANDED_ON = (
     *(b"host", b"connection", b"transfer-encoding", b"content-length", b"content-encoding"),
-    TIMEOUT_HEADER.encode(),
+    *(TIMEOUT.encode(), OWN_TIMEOUT.encode()),
 )
 
 
@@ -44,7 +45,7 @@ async def hand_over(
     headers: Headers = [(key, value) for key, value in request.headers.raw if key.lower() not in _NOT_HANDED_ON]
     headers.append((b"content-length", str(len(body)).encode()))
     if left is not None:  # `timeout_s` stays here: it would replace the model's own, which may be shorter
-        headers.append((TIMEOUT_HEADER.encode(), str(left).encode()))
+        headers.append((OWN_TIMEOUT.encode(), str(left).encode()))
     try:
         async with asyncio.timeout(seconds):
             status, found, content = await _ask(handle, request.method, path_of(request), headers, body)

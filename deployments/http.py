@@ -18,13 +18,13 @@ from deployments import oip, openai, openapi, torchserve
 from deployments.admission import Held
 from deployments.body import PACKED, pack, read_body
 from deployments.errors import BadRequest
+from deployments.headers import OWN_TIMEOUT, TIMEOUT
 from deployments.keys import Keys
 from deployments.messages import read_json, weigh_json, write_answer
 from deployments.replies import Endpoint, guard, json_reply, make_starlette
 from deployments.servable import Encoder
 from deployments.service import ModelService
 
-TIMEOUT_HEADER = "x-request-timeout-seconds"
 Handler = Callable[[ModelService, Request], Awaitable[Response]]
 
 
@@ -72,10 +72,10 @@ def _check_model(service: ModelService, request: Request) -> None:
 def time_left(request: Request, started: float) -> float | None:
     """Return the seconds left of those that the caller grants, or None where the configured time holds.
 
-    Ray Serve's proxy reads the same header, and answers in words of its own when the time is over: ours has to be
-    there a little before that.
+    Ray Serve reads the same header, and answers in words of its own when the time is over: where it was not told a
+    later one (`deployments.headers`), ours has to be there a little before that.
     """
-    text = request.headers.get(TIMEOUT_HEADER)
+    text = request.headers.get(OWN_TIMEOUT, request.headers.get(TIMEOUT))
     if text is None:
         return None
     try:
@@ -83,8 +83,9 @@ def time_left(request: Request, started: float) -> float | None:
     except ValueError:
         seconds = math.nan
     if not seconds > 0:
-        raise BadRequest(f"{TIMEOUT_HEADER}: {text!r} is not allowed; use a number of seconds above 0")
-    return max(seconds - min(0.05 * seconds, 0.1) - (time.monotonic() - started), 0.0)
+        raise BadRequest(f"{TIMEOUT}: {text!r} is not allowed; use a number of seconds above 0")
+    early = 0.0 if OWN_TIMEOUT in request.headers else min(0.05 * seconds, 0.1)
+    return max(seconds - early - (time.monotonic() - started), 0.0)
 
 
 async def _ping(service: ModelService, request: Request) -> Response:

@@ -299,7 +299,7 @@ def test_the_model_is_told_what_is_left_of_the_time(cluster: Cluster, monkeypatc
         for path, body in (("/predictions/tiny", b"[]"), ("/v1/embeddings", b'{"model": "tiny"}')):
             assert (await asker.ask(path, body, {"x-request-timeout-seconds": "10"}))[0] == 200
             headers = tiny.asked.pop()[2]
-            assert 8 < float(headers["x-request-timeout-seconds"]) <= 9.6
+            assert 8 < float(headers["x-pt2-timeout-seconds"]) <= 9.6
             status, reply = await asker.ask(path, body, {"x-request-timeout-seconds": "0.2"})
             assert (status, "the deadline has passed" in str(reply), tiny.asked) == (408, True, [])
         assert (await asker.ask("/predictions/tiny", b"[]", {"x-request-timeout-seconds": "soon"}))[0] == 400
@@ -329,7 +329,7 @@ def test_a_model_that_does_not_answer_in_time_is_not_waited_for(
         await asyncio.sleep(0)
         assert tiny.ended == ["cancelled"] * 4
         # Our own limit is not the model's: it may have a shorter one.
-        assert all(("x-request-timeout-seconds" in asked[2]) is (seconds is not None) for asked in tiny.asked)
+        assert all(("x-pt2-timeout-seconds" in asked[2]) is (seconds is not None) for asked in tiny.asked)
 
     run(test, {"limits": limits})
 

@@ -6,19 +6,21 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from starlette.requests import Request
 from starlette.testclient import TestClient
 from torch import nn
 
 from deployments.admission import Admission
 from deployments.errors import BadRequest, Overloaded
 from deployments.headers import middlewares
-from deployments.http import make_app
+from deployments.http import make_app, time_left
 from deployments.messages import read_json, weigh_json
 from deployments.servable import Servable
 from deployments.service import ModelService
@@ -218,17 +220,40 @@ def _status_of(error: Exception) -> int:
         return int(client.post("/predictions/failing", content=b"x").status_code)
 
 
-def test_header_values_reach_ray_serve_as_utf8() -> None:
+def mend(**headers: bytes) -> dict[str, bytes]:
+    """Return the headers that Ray Serve and we then see."""
     (middleware,) = middlewares()
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(scope["headers"])
+        seen.extend(scope["headers"])
 
-    async def ask(*values: bytes) -> None:
-        scope = {"type": "http", "headers": [(b"x-request-id", value) for value in values]}
-        await middleware.cls(app, *middleware.args, **middleware.kwargs)(scope, None, None)  # type: ignore[arg-type]
+    given = [(name.replace("_", "-").encode(), value) for name, value in headers.items()]
+    scope: Any = {"type": "http", "headers": given}
+    asyncio.run(middleware.cls(app, *middleware.args, **middleware.kwargs)(scope, None, None))  # type: ignore[arg-type]
+    return {name.decode(): value for name, value in seen}
 
-    asyncio.run(ask(b"\xff7", "é".encode()))
-    asyncio.run(ask(b"plain"))
-    assert [[value for _, value in headers] for headers in seen] == [["\ufffd7".encode(), "é".encode()], [b"plain"]]
+
+def test_header_values_reach_ray_serve_as_utf8() -> None:
+    assert mend(x_request_id=b"\xff7", name="é".encode()) == {"x-request-id": "\ufffd7".encode(), "name": "é".encode()}
+    assert mend(x_request_id=b"plain") == {"x-request-id": b"plain"}
+
+
+def test_ray_serve_is_told_a_later_deadline_than_the_callers() -> None:
+    assert mend(x_request_timeout_seconds=b"2.5") == {
+        "x-request-timeout-seconds": b"3.5",
+        "x-pt2-timeout-seconds": b"2.5",
+    }
+    for wrong in (b"x", b"-1", b"0", b"nan"):  # as before: ours to answer
+        assert mend(x_request_timeout_seconds=wrong) == {"x-request-timeout-seconds": wrong}
+
+
+def test_the_deadline_is_the_callers_whichever_header_says_it() -> None:
+    def left(**headers: bytes) -> float | None:
+        raw = [(name.encode(), value) for name, value in mend(**headers).items()]
+        return time_left(Request({"type": "http", "headers": raw}), time.monotonic())
+
+    assert left() is None
+    assert left(x_request_timeout_seconds=b"2.5") == pytest.approx(2.5, abs=0.1)
+    plain = Request({"type": "http", "headers": [(b"x-request-timeout-seconds", b"0.4")]})  # without `make serve`
+    assert 0.3 < (time_left(plain, time.monotonic()) or 0) <= 0.38

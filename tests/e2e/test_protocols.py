@@ -190,5 +190,10 @@ def test_a_key_opens_the_model_that_asks_for_one(server: Server) -> None:
 
 
 def test_requests_that_nobody_should_send_harm_nobody(server: Server) -> None:
+    for prefix in ("/tiny", "/all"):
+        odd = f"GET {prefix}/v2/models/tiny HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: \xff7\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as caller:
+            caller.sendall(odd.encode("latin-1"))
+            assert caller.recv(4096).startswith(b"HTTP/1.1 200 ")  # Ray Serve would say 500
     assert main(f"http://127.0.0.1:{server.port}/tiny", 2000) == 0
     assert server.request("/tiny/predictions/tiny", ROW, JSON)[0] == 200
