@@ -40,7 +40,7 @@ def describe(service: ModelService, root: str = "") -> Json:
     def add(path: str, method: str, text: str, ok: Json, statuses: Iterable[int], body: Json | None = None) -> None:
         parameters = [_in_path(name, value) for name, value in names.items() if f"{{{name}}}" in path]
         if method != "get":
-            parameters = [*parameters, _TIMEOUT]
+            parameters = [*parameters, _TIMEOUT, *([_JSON_LENGTH] if path.endswith("/infer") else [])]
         error = _ERRORS["v2" if path.startswith("/v2") else "v1" if path.startswith("/v1") else "torchserve"]
         responses: Json = {"200": {"description": "the answer", "content": ok}}
         if path in _HEALTH and not service.args.auth.open_health:
@@ -76,7 +76,7 @@ def describe(service: ModelService, root: str = "") -> Json:
         ready = _object(name=_TEXT, ready=_FLAG)
         add(f"{path}/ready", "get", "Whether the model can answer", _json(ready), (404, 503))
         answer = {**_json(_infer_answer()), "application/octet-stream": {"schema": _ANY}}
-        add(f"{path}/infer", "post", _infer_text(service), answer, _BODY, _infer_body())
+        add(f"{path}/infer", "post", _infer_text(service), answer, _BODY, _infer_body(service))
     described = _object(id=_TEXT, object=_TEXT, created=_WHOLE, owned_by=_TEXT)
     listed = _object(object=_TEXT, data={"type": "array", "items": described})
     add("/v1/models", "get", "The model", _json(listed), (401,))
@@ -120,6 +120,12 @@ _TIMEOUT: Json = {
     "description": "Seconds until 408 is answered.",
     "schema": {"type": "number", "exclusiveMinimum": 0},
 }
+_JSON_LENGTH: Json = {
+    "name": oip.HEADER_LENGTH,
+    "in": "header",
+    "description": "Of a body in binary form: how many bytes are JSON; the tensors' follow. 0: one tensor's alone.",
+    "schema": {"type": "integer", "minimum": 0},
+}
 _ERRORS: dict[str, Json] = {
     "torchserve": _object(code=_WHOLE, type=_TEXT, message=_TEXT),
     "v2": _object(error=_TEXT),
@@ -158,9 +164,9 @@ def _infer_text(service: ModelService) -> str:
     return f"Run tensors through the model: {inputs}; or BYTES named {oip.PAYLOAD}, requests as /predictions takes them"
 
 
-def _infer_body() -> Json:
+def _infer_body(service: ModelService) -> Json:
     tensor = _object(
-        name=_TEXT,
+        name={"type": "string", "enum": [*(info.name for info in service.inputs), oip.PAYLOAD]},
         datatype={"type": "string", "enum": list(DATATYPES)},
         shape={"type": "array", "items": {"type": "integer", "minimum": 0}},
     )
@@ -174,7 +180,6 @@ def _infer_body() -> Json:
         "parameters": {"type": "object"},
         "outputs": {"type": "array", "items": output},
     }
-    # With the header Inference-Header-Content-Length: JSON of that length, then the tensors' bytes.
     return {**_json(body), "application/octet-stream": {"schema": _ANY}}
 
 
