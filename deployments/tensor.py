@@ -32,7 +32,7 @@ class TensorInput:
     """Any torch dtype by name. Default float32."""
     name: str | None = None
     """Name in the tensor protocols; default the name that the module's forward gives it."""
-    low: float | None = None
+    low: float = 0.0
     """Least value of examples. Default 0."""
     high: float | None = None
     """Upper bound of the values of examples (token ids: the size of the vocabulary), and of whole numbers in requests,
@@ -113,12 +113,11 @@ class TensorModel(Servable):
         shape = (rows, *(length or 0 if size == -1 else size for size in given.shape))
         dtype = _find_dtype("dtype", given.dtype)
         unit = torch.rand(shape, generator=generator)
-        low = given.low or 0.0
-        high = low + 1 if given.high is None else given.high
+        high = 1.0 if given.high is None else given.high
         if dtype.is_floating_point:
-            return (low + unit * (high - low)).to(dtype)
-        high = max(high, low + 1) if given.high is not None else low + 2
-        return (low + unit * (high - low)).floor().to(dtype)
+            return (given.low + unit * (high - given.low)).to(dtype)
+        high = max(high, given.low + (2 if given.high is None else 1))
+        return (given.low + unit * (high - given.low)).floor().to(dtype)
 
     def check(self, inputs: Inputs) -> None:
         """Raise BadRequest for whole numbers beyond those that the configuration declares."""
@@ -126,7 +125,7 @@ class TensorModel(Servable):
             is_whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
             if self._declared and is_whole and given.high is not None:
                 name = self.input_names[index] if self.input_names else f"input_{index}"
-                check_range(name, tensor, min(given.low or 0.0, 0.0), given.high)
+                check_range(name, tensor, min(given.low, 0.0), given.high)
 
     def preprocess(self, payload: Any) -> Inputs:
         """Turn one row, as a list, an array or an object by input name, into tensors of the declared dtypes."""
