@@ -49,13 +49,15 @@ class TextCheckpoint:
                 f"max_length: {max_length} is not between 2 and {self.longest}, the checkpoint's own limit"
             )
         self.max_length = max_length or self.longest
-        self.vocabulary = int(self.config.get("vocab_size", 1000))
-        #: How many values each input has.
+        text_config = self.config.get("text_config")
+        known = {**(text_config if isinstance(text_config, dict) else {}), **self.config}
+        #: How many values each input has, where the configuration says so (0 types: the network ignores them).
         self._sizes = {
-            "input_ids": self.vocabulary,
+            "input_ids": known.get("vocab_size"),
             "attention_mask": 2,
-            "token_type_ids": int(self.config.get("type_vocab_size") or 2),  # 0: the network ignores them
+            "token_type_ids": known.get("type_vocab_size"),
         }
+        self.vocabulary = int(known.get("vocab_size") or 1000)
         self._tokenizer: Tokenizer | None = None
         self.input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
@@ -144,7 +146,9 @@ class TextCheckpoint:
         """Raise BadRequest for tokens that are too many, or that the network's tables do not have. [B, T] each."""
         self._check_length(inputs[0].shape[1])
         for name, tensor in zip(self.input_names, inputs, strict=True):
-            check_range(name, tensor, 0, self._sizes[name])
+            size = self._sizes[name]
+            if size:
+                check_range(name, tensor, 0, int(size))
 
     def _check_length(self, length: int) -> None:
         if not 1 <= length <= self.max_length:

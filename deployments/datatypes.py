@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deployments.errors import BadRequest
+from deployments.errors import BadRequest, Unsupported
 
 Array = np.ndarray[Any, Any]
 #: Datatypes that numpy knows. BF16 exists in binary form only (as torch.bfloat16); BYTES is no tensor's dtype.
@@ -40,13 +40,22 @@ _SIZES = {**{name: np.dtype(kind).itemsize for name, kind in NUMPY_TYPES.items()
 
 @lru_cache
 def datatype(dtype: torch.dtype) -> str:
-    """Return the protocol's name of a dtype; TypeError where it has none."""
+    """Return the protocol's name of a dtype; Unsupported where it has none."""
     if dtype == torch.bfloat16:
         return "BF16"
     try:
         return _NAMES[torch.empty(0, dtype=dtype).numpy().dtype]
     except (KeyError, TypeError):  # complex numbers; those that NumPy has not
-        raise TypeError(f"{dtype} has no name in the Open Inference Protocol") from None
+        raise Unsupported(f"{dtype} has no name in the Open Inference Protocol") from None
+
+
+def has_name(dtype: torch.dtype) -> bool:
+    """Say whether the protocol can carry a dtype."""
+    try:
+        datatype(dtype)
+    except Unsupported:
+        return False
+    return True
 
 
 def check_shape(path: str, shape: Any) -> list[int]:

@@ -34,6 +34,8 @@ from optim.shapes import Inputs
 
 logger = logging.getLogger(__name__)
 _LOGGERS = ("optim", "deployments")
+#: Places of a replica that arriving bodies never have: for those whose body is there, and for health checks.
+_SPARE_PLACES = 32
 
 
 @serve.ingress()
@@ -66,7 +68,7 @@ class ModelReplica(InferenceServicer):
             args.limits.bytes_in_flight,
             self._seconds_to_drain,
             lambda: self._metrics.count("rejected"),
-            max_arriving=args.batching.max_queue,
+            max_arriving=max(1, _max_ongoing_requests() - _SPARE_PLACES),
         )
         self._service = ModelService(
             args,

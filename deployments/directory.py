@@ -108,7 +108,8 @@ class Directory:
                 before = self._states.get(name, {})
                 self._states[name] = {m: _state(found, before.get(m)) for m, found in application.deployments.items()}
             else:  # a version is being built, or could not be: the one before goes on serving
-                sight.unnamed.append(why)
+                if application is None or application.status != ApplicationStatus.DEPLOY_FAILED:
+                    sight.unnamed.append(why)
             states = self._states.get(name, {})
             if not states:
                 sight.waiting[name] = why

@@ -11,9 +11,11 @@ class RequestError(Exception):
 
     status = 500
 
-    def __init__(self, message: str = "", *more: object) -> None:
-        left_out = len(message) - _LONGEST
-        super().__init__(f"{message[:_LONGEST]}... ({left_out} more characters)" if left_out > 0 else message, *more)
+    def __init__(self, message: object = "", *more: object) -> None:
+        text = str(message)
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST - 50]}... ({len(text) - _LONGEST + 50} more characters)"
+        super().__init__(text, *more)
 
 
 class BadRequest(RequestError):

@@ -160,12 +160,16 @@ async def infer(service: ModelService, raw: bytes) -> dict[str, Any]:
     if size > service.limits.body_bytes:
         raise BodyTooLarge(f"the message of {size} bytes is over the limit of {service.limits.body_bytes} bytes")
     with service.admission.hold_bytes(size) as held:
-        message = await service.aside(size, unpack, raw)
-        service.check_model(message.model_name, message.model_version or None)
-        wanted = await service.aside(size, read_request, message)
+        message, wanted = await service.aside(size, _read, service, raw)
         outputs = await oip.run(service, wanted, wanted.timeout_s, held)
     reply: dict[str, Any] = {"model_name": service.name, "model_version": service.version, "id": message.id}
     return {**reply, **_write_outputs(wanted, outputs, raw=bool(message.raw_input_contents))}
+
+
+def _read(service: ModelService, raw: bytes) -> tuple[Any, oip.InferRequest]:
+    message = unpack(raw)
+    service.check_model(message.model_name, message.model_version or None)
+    return message, read_request(message)
 
 
 def unpack(raw: bytes) -> Any:

@@ -6,7 +6,6 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,7 +14,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments import oip, openai, openapi, torchserve
-from deployments.admission import Held
 from deployments.body import PACKED, pack, read_body
 from deployments.errors import BadRequest
 from deployments.headers import OWN_TIMEOUT, TIMEOUT
@@ -103,7 +101,10 @@ async def _predict(service: ModelService, request: Request) -> Response:
     started = time.monotonic()
     with service.admission.hold_bytes() as held:
         body = bytes(await read_body(request, service.limits, held))
-        payload = await _decode(service, request, body, held)
+        content_type = request.headers.get("content-type", "")
+        if torchserve.may_hold_json(content_type):
+            held.grow_to(weigh_json(body))
+        payload = await service.aside(len(body), torchserve.decode_payload, content_type, body)
         reply = await service.predict(payload, time_left(request, started), held)
         if isinstance(reply, bytes | bytearray | memoryview):
             return Response(bytes(reply), media_type="application/octet-stream")
@@ -111,15 +112,6 @@ async def _predict(service: ModelService, request: Request) -> Response:
             return Response(reply, media_type="text/plain")
         content = await service.aside(_size_as_json(reply), write_answer, reply)
     return Response(content, media_type="application/json")
-
-
-async def _decode(service: ModelService, request: Request, body: bytes, held: Held) -> Any:
-    """Return the payload that a body holds."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        return await torchserve.decode_payload(request, body, most_bytes=service.limits.body_bytes)
-    held.grow_to(weigh_json(body))
-    # Python's clients write NaN, TorchServe read it.
-    return await service.aside(len(body), partial(read_json, body, with_nan=True))
 
 
 def _size_as_json(reply: Any) -> int:
@@ -170,12 +162,16 @@ async def _infer(service: ModelService, request: Request) -> Response:
     with service.admission.hold_bytes() as held:
         body = await read_body(request, service.limits, held, lead=length)
         as_json = body if length is None else body[:length]
-        held.add(weigh_json(as_json))
-        wanted = await service.aside(len(as_json), oip.read_request, service, body, length)
+        weight = weigh_json(as_json)
+        held.add(weight)
+        try:
+            wanted = await service.aside(len(as_json), oip.read_request, service, body, length)
+        finally:
+            held.drop(weight)  # what stays are arrays
         left = time_left(request, started)
         outputs = await oip.run(service, wanted, wanted.timeout_s if left is None else left, held)
-        figures = sum(tensor.numel() for tensor in outputs.values())
-        content, json_length = await service.aside(20 * figures, oip.write_reply, service, wanted, outputs)
+        size = oip.size_as_json(wanted, outputs)
+        content, json_length = await service.aside(size, oip.write_reply, service, wanted, outputs)
     headers = {} if json_length is None else {oip.HEADER_LENGTH: str(json_length)}
     # Most libraries say of themselves that they can unpack several codings; who names a single one has asked for it.
     coding = request.headers.get("accept-encoding", "").strip().lower()

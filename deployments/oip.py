@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from deployments.admission import Held
-from deployments.datatypes import check_datatype, check_shape, datatype, from_bytes, from_json, to_bytes, to_json
+from deployments.datatypes import (
+    check_datatype,
+    check_shape,
+    datatype,
+    from_bytes,
+    from_json,
+    has_name,
+    to_bytes,
+    to_json,
+)
 from deployments.errors import BadRequest, RequestError, Unsupported
 from deployments.messages import read_json, to_json_bytes
 from deployments.service import ModelService
@@ -55,10 +64,12 @@ def server_metadata() -> dict[str, Any]:
 
 
 def model_metadata(service: ModelService) -> dict[str, Any]:
-    """Return the reply to GET /v2/models/{model}."""
+    """Return the reply to GET /v2/models/{model}; outputs that the protocol cannot carry are not in it."""
 
     def describe(infos: Any) -> list[dict[str, Any]]:
-        return [{"name": i.name, "datatype": datatype(i.dtype), "shape": list(i.shape)} for i in infos]
+        return [
+            {"name": i.name, "datatype": datatype(i.dtype), "shape": list(i.shape)} for i in infos if has_name(i.dtype)
+        ]
 
     return {
         "name": service.name,
@@ -226,6 +237,12 @@ def pick_outputs(request: InferRequest, outputs: Mapping[str, torch.Tensor]) -> 
         if name not in outputs:
             raise BadRequest(f"outputs: the model has {', '.join(outputs)}, not {name!r}")
     return {name: outputs[name] for name in request.outputs or outputs}
+
+
+def size_as_json(request: InferRequest, outputs: Mapping[str, torch.Tensor]) -> int:
+    """Return about how many bytes the outputs take that are asked for in JSON."""
+    asked = {name: as_bytes for name, as_bytes in request.outputs.items() if name in outputs}
+    return sum(20 * value.numel() for name, value in outputs.items() if not asked.get(name, request.binary))
 
 
 def write_reply(

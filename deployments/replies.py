@@ -30,7 +30,8 @@ def guard(handler: Endpoint) -> Endpoint:
         except ClientDisconnect:
             raise
         except RequestError as error:
-            await discard(request)
+            if not isinstance(error, BodyTooSlow):  # whose sender would hold its place that much longer
+                await discard(request)
             return error_reply(request, error)
         except Exception:  # the log has its traceback, the client its request id
             name = request.headers.get("x-request-id", "-")

@@ -129,7 +129,7 @@ class ModelService:
     ) -> dict[str, torch.Tensor]:
         """Run tensors that have the batch dimension; BadRequest where names, dtypes or shapes are not the model's."""
         inputs = self._check_tensors(tensors)
-        self.servable.check(inputs)
+        self._check_values(inputs)
         size = measure(self._model.input_specs, inputs)
         if size is None:
             raise BadRequest("the inputs differ in their number of rows or their length, or have none")
@@ -229,8 +229,14 @@ class ModelService:
 
     def _read(self, preprocess: Callable[[Any], Any], payload: Any) -> Inputs:
         inputs = self._add_batch_dim(preprocess(payload))
-        self.servable.check(inputs)
+        self._check_values(inputs)
         return self._pin(inputs)
+
+    def _check_values(self, inputs: Inputs) -> None:
+        try:
+            self.servable.check(inputs)
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
 
     def _pin(self, inputs: Inputs) -> Inputs:
         """Put inputs for a GPU into pinned memory, from which the model thread can copy without waiting."""
@@ -285,7 +291,7 @@ class ModelService:
         except Exception as error:
             kind, message = describe(error)
             if blame_request and _comes_of_payload(error):
-                logger.warning("preprocess failed on a request: %s: %s", kind, message)
+                logger.warning("preprocess failed on a request", exc_info=error)
                 raise BadRequest(f"the request cannot be read: {kind}: {message}") from error
             logger.exception("the servable failed")
             raise ModelFailed(f"the servable failed: {kind}") from error
@@ -294,11 +300,12 @@ class ModelService:
 def _comes_of_payload(error: Exception) -> bool:
     """Say whether an error of `preprocess` is the kind that unexpected payloads cause, rather than a broken server.
 
-    Pillow's word for what is no image is an OSError without a number. A RuntimeError is a bug, though torch raises it
-    for values that it cannot take as well: what `preprocess` knows to be the payload's fault it says by BadRequest.
+    Pillow's words for what is no image, or a damaged one, are OSErrors; other OSErrors come of a disk, or of a service
+    that is away. A RuntimeError is a bug, though torch raises it for values that it cannot take as well: what
+    `preprocess` knows to be the payload's fault it says by BadRequest.
     """
     if isinstance(error, OSError):
-        return error.errno is None
+        return (type(error) is OSError and error.errno is None) or type(error).__module__.partition(".")[0] == "PIL"
     return isinstance(error, ValueError | TypeError | LookupError | ArithmeticError | AttributeError | struct.error)
 
 

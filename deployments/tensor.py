@@ -35,8 +35,9 @@ class TensorInput:
     low: float = 0.0
     """Least value of examples. Default 0."""
     high: float | None = None
-    """Upper bound of the values of examples (token ids: the size of the vocabulary), and of whole numbers in requests,
-    which may then be negative only down to `low`. Default 1, whole numbers 2, and no limit for requests."""
+    """Upper bound of the values of examples. Default 1, whole numbers 2 (or `vocabulary`)."""
+    vocabulary: int | None = None
+    """How many token ids there are: others than 0 to one below it are refused. Default no limit."""
 
 
 class TensorModel(Servable):
@@ -66,8 +67,6 @@ class TensorModel(Servable):
             _find_factory(str(module))
         elif not self._path.is_file():
             raise ConfigError(f"model_args.{self._source}", str(self._path), "name a file that exists on this machine")
-        #: Whether the ranges of the inputs are the user's word, not what an archive's example happens to show.
-        self._declared = bool(inputs)
         self._inputs = tuple(
             read_section(f"model_args.inputs[{i}]", given, TensorInput) for i, given in enumerate(inputs or ())
         )
@@ -113,19 +112,18 @@ class TensorModel(Servable):
         shape = (rows, *(length or 0 if size == -1 else size for size in given.shape))
         dtype = _find_dtype("dtype", given.dtype)
         unit = torch.rand(shape, generator=generator)
-        high = 1.0 if given.high is None else given.high
+        high = given.high if given.high is not None else given.vocabulary or 1.0
         if dtype.is_floating_point:
             return (given.low + unit * (high - given.low)).to(dtype)
-        high = max(high, given.low + (2 if given.high is None else 1))
+        high = high if high > given.low + 1 else given.low + 2
         return (given.low + unit * (high - given.low)).floor().to(dtype)
 
     def check(self, inputs: Inputs) -> None:
-        """Raise BadRequest for whole numbers beyond those that the configuration declares."""
+        """Raise BadRequest for token ids beyond a vocabulary that is declared."""
         for index, (given, tensor) in enumerate(zip(self._inputs, inputs, strict=True)):
-            is_whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
-            if self._declared and is_whole and given.high is not None:
+            if given.vocabulary is not None:
                 name = self.input_names[index] if self.input_names else f"input_{index}"
-                check_range(name, tensor, min(given.low, 0.0), given.high)
+                check_range(name, tensor, 0, given.vocabulary)
 
     def preprocess(self, payload: Any) -> Inputs:
         """Turn one row, as a list, an array or an object by input name, into tensors of the declared dtypes."""

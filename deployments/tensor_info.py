@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from deployments.datatypes import datatype
 from deployments.errors import BadRequest
 from optim.shapes import TensorSpec
 
@@ -24,18 +23,10 @@ class TensorInfo:
 
 
 def name_tensors(names: Sequence[str] | None, specs: tuple[TensorSpec, ...], kind: str) -> tuple[TensorInfo, ...]:
-    """Return what tensors are called and look like; numbered ones (`input_0`) where there are not enough names.
-
-    TypeError for a dtype that no protocol can carry: such a model could not be described, nor asked.
-    """
+    """Return what tensors are called and look like; numbered ones (`input_0`) where there are not enough names."""
     given = list(names or [])
     if len(given) != len(specs):
         given = [f"{kind}_{i}" for i in range(len(specs))]
-    for name, spec in zip(given, specs, strict=True):
-        try:
-            datatype(spec.dtype)
-        except TypeError as error:
-            raise TypeError(f"{kind} {name}: {error}") from None
     return tuple(TensorInfo(name, spec.dtype, spec.shape) for name, spec in zip(given, specs, strict=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import math
 import os
@@ -13,7 +12,6 @@ from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import Request
 
 from deployments.errors import (
     BadRequest,
@@ -59,16 +57,20 @@ def error_body(error: RequestError, status: int) -> dict[str, Any]:
     return {"code": status, "type": kind, "message": str(error)}
 
 
-async def decode_payload(request: Request, body: bytes, *, most_bytes: int) -> Any:
+def may_hold_json(content_type: str) -> bool:
+    """Say whether a body of this type may have to be read as JSON."""
+    return _kind(content_type) in ("application/json", "multipart/form-data")
+
+
+def decode_payload(content_type: str, body: bytes) -> Any:
     """Return what the servable gets: JSON decoded, text as str, the field `data` or `body` of a form, else bytes.
 
-    A part of a multipart form is what its own Content-Type says, so bytes where it has none; `most_bytes` is the most
-    that one may have.
+    A part of a multipart form is what its own Content-Type says; a field without one, and without a file name, is text
+    where it is UTF-8.
     """
-    content_type = request.headers.get("content-type", "")
     kind = _kind(content_type)
     if kind == "multipart/form-data":
-        return await asyncio.to_thread(_decode_parts, content_type, body, most_bytes)
+        return _decode_parts(content_type, body)
     if kind == "application/x-www-form-urlencoded":
         return _decode_fields(body)
     return _decode(kind, body)
@@ -103,34 +105,40 @@ def _decode_fields(body: bytes) -> str | bytes:
     if found is None or _BROKEN_ESCAPE.search(found):
         return body
     # Quoted-printable has `=` where this has `%`. For 16 MB of escapes urllib takes 2.5 s, and this way 0.5.
-    content = binascii.a2b_qp(found.replace(b"+", b" ").replace(b"=", b"=3D").replace(b"%", b"="))
+    return _text_or_bytes(binascii.a2b_qp(found.replace(b"+", b" ").replace(b"=", b"=3D").replace(b"%", b"=")))
+
+
+def _text_or_bytes(content: bytes) -> str | bytes:
     try:
         return content.decode()
     except UnicodeDecodeError:  # a photo, say: as TorchServe's handlers got it
         return content
 
 
-def _decode_parts(content_type: str, body: bytes, most_bytes: int) -> Any:
+def _decode_parts(content_type: str, body: bytes) -> Any:
     """Return the part `data` or `body` of a multipart form."""
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise BadRequest("the form cannot be read: its Content-Type has no boundary")
     try:
-        parts = _split(boundary, body, most_bytes)
+        parts = _split(boundary, body)
     except FormParserError as error:
         raise BadRequest(f"the form cannot be read: {error}") from error
     part = parts.get("data", parts.get("body"))
     if part is None:
         raise BadRequest(f"the form needs a field data or body; it has {', '.join(parts) or 'none'}")
-    return _decode(*part)
+    kind, content = part
+    return _text_or_bytes(content) if kind is None else _decode(kind, content)
 
 
-def _split(boundary: bytes, body: bytes, most_bytes: int) -> dict[str, tuple[str, bytes]]:
+def _split(boundary: bytes, body: bytes) -> dict[str, tuple[str | None, bytes]]:
     """Return each part's own Content-Type and its bytes as they were sent, by the name of its field.
+
+    The type is None of what has neither that nor a file name.
 
     Starlette's parser makes text of parts without a file name, and keeps no Content-Type of theirs.
     """
-    parts: list[tuple[str, tuple[str, bytes]]] = []
+    parts: list[tuple[str, tuple[str | None, bytes]]] = []
     headers: dict[bytes, bytes] = {}
     name, value, content = bytearray(), bytearray(), bytearray()
 
@@ -143,18 +151,15 @@ def _split(boundary: bytes, body: bytes, most_bytes: int) -> dict[str, tuple[str
         name.clear()
         value.clear()
 
-    def add_content(data: bytes, start: int, end: int) -> None:
-        if len(content) + end - start > most_bytes:
-            raise BodyTooLarge(f"a part of the form is over the limit of {most_bytes} bytes")
-        content.extend(memoryview(data)[start:end])
-
     def end_part() -> None:
-        field = parse_options_header(headers.get(b"content-disposition"))[1].get(b"name")
+        options = parse_options_header(headers.get(b"content-disposition"))[1]
+        field = options.get(b"name")
         if field is None:
             raise BadRequest("the form cannot be read: a part of it has no name")
         if len(parts) == _MOST_FIELDS:
             raise BadRequest(f"the form has more than {_MOST_FIELDS} parts")
-        kind = _kind(headers.get(b"content-type", b"").decode("latin-1"))
+        is_field = b"content-type" not in headers and b"filename" not in options
+        kind = None if is_field else _kind(headers.get(b"content-type", b"").decode("latin-1"))
         parts.append((field.decode(errors="replace"), (kind, bytes(content))))
 
     parser = MultipartParser(
@@ -164,7 +169,7 @@ def _split(boundary: bytes, body: bytes, most_bytes: int) -> dict[str, tuple[str
             "on_header_field": lambda data, start, end: name.extend(data[start:end]),
             "on_header_value": lambda data, start, end: value.extend(data[start:end]),
             "on_header_end": end_header,
-            "on_part_data": add_content,
+            "on_part_data": lambda data, start, end: content.extend(memoryview(data)[start:end]),
             "on_part_end": end_part,
         },
     )

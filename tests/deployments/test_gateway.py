@@ -261,7 +261,7 @@ def test_a_version_that_is_being_built_takes_nothing_away(cluster: Cluster) -> N
             cluster.put("tiny", status, built=built)
             await asker.look()
             assert (await asker.ask("/v2/models/tiny"))[0] == (await asker.ask("/v2/health/ready"))[0] == 200
-            assert (await asker.ask("/v2/models/renamed"))[0] == (404 if built else 503)
+            assert (await asker.ask("/v2/models/renamed"))[0] == (503 if status == "DEPLOYING" else 404)
         cluster.put("tiny", "DELETING", built=False)
         await asker.look()
         assert (await asker.ask("/v2/models/tiny"))[0] == 404

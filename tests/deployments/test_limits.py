@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import socket
 import threading
 import time
@@ -83,7 +84,10 @@ def test_an_error_repeats_only_the_beginning_of_what_was_sent(tiny: ModelService
     assert reply.status_code == 400
     assert "more characters)" in reply.json()["error"]
     assert len(reply.content) < 1100
-    assert str(Overloaded("x" * 2000, 7)).endswith("... (1000 more characters)")
+    long = Overloaded("x" * 2000, 7)
+    assert str(long).endswith("... (1050 more characters)")
+    assert str(pickle.loads(pickle.dumps(long))) == str(long)
+    assert str(BadRequest(ValueError("why"))) == "why"
     assert Overloaded("x" * 2000, 7).retry_after_s == 7
 
 
@@ -99,7 +103,10 @@ def test_errors_of_preprocess_that_payloads_cause_are_bad_requests(error: Except
     assert _status_of(error) == 400
 
 
-@pytest.mark.parametrize("error", [RuntimeError("bug"), FileNotFoundError(2, "no labels"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("bug"), FileNotFoundError(2, "no labels"), MemoryError(), TimeoutError(), ConnectionError("x")],
+)
 def test_others_are_the_servers(error: Exception) -> None:
     assert _status_of(error) == 500
 
@@ -116,9 +123,40 @@ def test_a_scalar_input_is_taken_as_such() -> None:
     assert reply.json()["outputs"][0]["data"] == [3, 6]
 
 
-def test_a_model_whose_dtype_no_protocol_has_does_not_start() -> None:
-    with pytest.raises(TypeError, match=r"input x: torch\.complex64 has no name"), serve("Plain", kind="complex64"):
-        pass
+def test_an_output_that_the_tensor_protocols_cannot_carry_is_served_by_the_others() -> None:
+    with serve("Spectrum") as client:
+        assert client.get("/v2/models/spectrum").json()["outputs"] == []
+        assert client.get("/openapi.json").status_code == 200
+        assert client.post("/predictions/spectrum", json=[3, 4]).json() == [5, 5]
+        tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}
+        reply = client.post("/v2/models/spectrum/infer", json={"inputs": [tensor]})
+        assert (reply.status_code, "complex64 has no name" in reply.json()["error"]) == (501, True)
+
+
+def test_what_stays_of_a_json_tensor_is_its_array_alone() -> None:
+    with serve_locally({"model": "tests.deployments.test_limits:Plain", "pt2": EAGER}) as service:
+        held: list[int] = []
+        service._run = lambda *given: held.append(service.admission.bytes) or _answer(*given)  # type: ignore
+        body = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
+        with TestClient(make_app(service)) as client:
+            assert client.post("/v2/models/plain/infer", json=body).status_code == 200
+        assert held == [len(json.dumps(body, separators=(",", ":"))) + 8]
+
+
+async def _answer(inputs: Inputs, rows: int, deadline: float | None) -> Any:
+    return inputs[0]
+
+
+def test_a_value_error_of_check_is_the_requests_fault_over_every_protocol() -> None:
+    with serve("Choosy") as client:
+        tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, -2]}
+        for path, body in (("predictions/choosy", [1, -2]), ("v2/models/choosy/infer", {"inputs": [tensor]})):
+            reply = client.post(f"/{path}", json=body)
+            assert (reply.status_code, "nothing below 0" in reply.text) == (400, True)
+
+
+def test_brackets_in_text_are_no_lists() -> None:
+    assert read_json(json.dumps(["[" * 600_000, '\\"[']).encode()) == ["[" * 600_000, '\\"[']
 
 
 @pytest.mark.parametrize("kind", ["uint16", "uint32", "uint64"])
@@ -188,6 +226,35 @@ class Plain(Servable):
 
     def example(self, batch_size: int, length: int | None) -> Inputs:
         return (torch.ones(batch_size, 2).to(self._kind),)
+
+
+class _Spectrum(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.complex(x, x.flip(-1))
+
+
+class Spectrum(Plain):
+    """Complex numbers, of which people get the size."""
+
+    def load(self) -> nn.Module:
+        return _Spectrum().eval()
+
+    def preprocess(self, payload: Any) -> Inputs:
+        return (torch.tensor(payload, dtype=torch.float32),)
+
+    def postprocess(self, output: torch.Tensor) -> Any:
+        return output.abs().tolist()
+
+
+class Choosy(Plain):
+    """Takes nothing below 0."""
+
+    def preprocess(self, payload: Any) -> Inputs:
+        return (torch.tensor(payload, dtype=torch.float32),)
+
+    def check(self, inputs: Inputs) -> None:
+        if bool((inputs[0] < 0).any()):
+            raise ValueError("nothing below 0 is taken")
 
 
 class Failing(Plain):

@@ -79,7 +79,7 @@ def test_two_inputs_lengths_and_a_mapping_out() -> None:
         "model_args": {
             "module": "tests.support.models:MaskedMean",
             "inputs": [
-                {"name": "ids", "shape": [-1], "dtype": "int64", "low": 1, "high": 50},
+                {"name": "ids", "shape": [-1], "dtype": "int64", "low": 1, "vocabulary": 50},
                 {"name": "mask", "shape": [-1], "dtype": "int64", "low": 1, "high": 2},
             ],
         },

@@ -136,6 +136,24 @@ def test_tensors_that_the_networks_tables_do_not_have_are_refused(
     assert (reply.status_code, message in reply.json()["error"]) == (400, True), reply.text
 
 
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [({"vocab_size": 50}, True), ({"text_config": {"vocab_size": 50}}, True), ({}, False)],
+)
+def test_tokens_are_bounded_by_what_the_configuration_says(
+    config: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    checkpoint = TextCheckpoint(tmp_path)
+    ids = torch.tensor([[1, 50]])
+    if refused:
+        with pytest.raises(BadRequest, match="50 is not allowed"):
+            checkpoint.check((ids, torch.ones_like(ids)))
+    else:
+        checkpoint.check((ids, torch.ones_like(ids)))
+
+
 def test_a_text_over_http_in_every_form(encoder: ModelService) -> None:
     with TestClient(make_app(encoder)) as client:
         path, text = "/predictions/sentence-encoder", "A cat sat."
