@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from deployments.errors import DeadlineExceeded, ModelNotFound, NotReady
-from deployments.headers import OWN_TIMEOUT, TIMEOUT
 from deployments.http import time_left
+from deployments.middleware import OWN_TIMEOUT, TIMEOUT
 from deployments.replies import path_of
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from starlette.routing import Route
 from deployments import oip, openai, openapi, torchserve
 from deployments.body import PACKED, pack, read_body
 from deployments.errors import BadRequest
-from deployments.headers import OWN_TIMEOUT, TIMEOUT
 from deployments.keys import Keys
 from deployments.messages import read_json, weigh_json, write_answer
+from deployments.middleware import OWN_TIMEOUT, TIMEOUT
 from deployments.replies import Endpoint, guard, json_reply, make_starlette
 from deployments.servable import Encoder
 from deployments.service import ModelService
@@ -71,7 +71,7 @@ def time_left(request: Request, started: float) -> float | None:
     """Return the seconds left of those that the caller grants, or None where the configured time holds.
 
     Ray Serve reads the same header, and answers in words of its own when the time is over: where it was not told a
-    later one (`deployments.headers`), ours has to be there a little before that.
+    later one (`deployments.middleware`), ours has to be there a little before that.
     """
     text = request.headers.get(OWN_TIMEOUT, request.headers.get(TIMEOUT))
     if text is None:

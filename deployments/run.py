@@ -58,7 +58,7 @@ def make_environment(
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
         # Ray's own limit for a gRPC message, which is in memory before we see it, is 2 GiB.
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 1024 * 1024),
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.headers.middlewares",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.middleware.middlewares",
         # Three missed checks replace a proxy that died: after 8 s, not 25.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         **environment,

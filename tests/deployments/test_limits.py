@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.testclient import TestClient
 from torch import nn
 
 from deployments.admission import Admission
 from deployments.errors import BadRequest, Overloaded
-from deployments.headers import middlewares
 from deployments.http import make_app, time_left
 from deployments.messages import read_json, weigh_json
+from deployments.middleware import middlewares
 from deployments.servable import Servable
 from deployments.service import ModelService
 from optim.shapes import Inputs
@@ -289,7 +290,7 @@ def _status_of(error: Exception) -> int:
 
 def mend(**headers: bytes) -> dict[str, bytes]:
     """Return the headers that Ray Serve and we then see."""
-    (middleware,) = middlewares()
+    middleware, _ = middlewares()
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -304,6 +305,20 @@ def mend(**headers: bytes) -> dict[str, bytes]:
 def test_header_values_reach_ray_serve_as_utf8() -> None:
     assert mend(x_request_id=b"\xff7", name="é".encode()) == {"x-request-id": "\ufffd7".encode(), "name": "é".encode()}
     assert mend(x_request_id=b"plain") == {"x-request-id": b"plain"}
+
+
+def test_a_proxy_says_that_the_server_lives_while_no_replica_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Response("a replica's", 503)(scope, receive, send)
+
+    _, live = middlewares()
+    client = TestClient(live.cls(app, *live.args, **live.kwargs))
+    for prefix in ("", "/texts"):
+        assert client.get(f"{prefix}/v2/health/live").json() == {"live": True}
+        assert client.get(f"{prefix}/v2/health/ready").status_code == 503
+        assert client.post(f"{prefix}/v2/health/live").status_code == 503
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: None)
+    assert len(middlewares()) == 1  # a replica answers itself
 
 
 def test_ray_serve_is_told_a_later_deadline_than_the_callers() -> None:

@@ -45,6 +45,11 @@ def eagers_embeddings() -> Any:
         return np.concatenate([network(*(t.unsqueeze(0) for t in encoder.preprocess(text))).numpy() for text in TEXTS])
 
 
+def test_the_server_lives_while_its_models_compile(server: Server) -> None:
+    assert server.while_compiling == (200, False)
+    assert server.request("/sentence-encoder/v2/health/live")[0] == 200
+
+
 def test_tritons_http_client(server: Server, photo: Any) -> None:
     pixels, logits = photo
     client = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")

@@ -1,8 +1,11 @@
-"""Request headers that Ray Serve would stumble over, mended before it reads them."""
+"""What sees a request before Ray Serve does, in its proxies and in replicas: `make serve` has it called."""
 
 from __future__ import annotations
 
+from ray import serve
+from ray.serve.exceptions import RayServeException
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 #: The caller's deadline as Ray Serve and this server read it, in seconds.
@@ -51,6 +54,26 @@ def _tell_later(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]
     return mended
 
 
+class AnswerLive:
+    """Answers /v2/health/live, below any prefix, in a proxy.
+
+    One has it while the first replica still compiles, and would let it wait for that: who restarts what is not live
+    would never see it ready.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or hand a request on."""
+        is_asked = scope["type"] == "http" and scope["path"].endswith("/v2/health/live") and scope["method"] == "GET"
+        await (JSONResponse({"live": True}) if is_asked else self.app)(scope, receive, send)
+
+
 def middlewares() -> list[Middleware]:
-    """Return what RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, set by `make serve`, asks for."""
+    """Return what RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH asks for: in a replica what it needs, in a proxy all."""
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return [Middleware(MendHeaders), Middleware(AnswerLive)]
     return [Middleware(MendHeaders)]
