@@ -128,8 +128,8 @@ class Server:
     log: Path
     env: dict[str, str]
     """With this environment, `ray.init(address="auto")` finds this server's Ray and no other."""
-    while_compiling: tuple[int, bool] = (0, False)
-    """What /v2/health/live of the text model answered first, and whether the model was ready by then."""
+    lived_before_ready: bool = False
+    """Whether /v2/health/live of the text model answered before the model was ready."""
 
     def request(
         self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None, method: str | None = None
@@ -153,22 +153,22 @@ class Server:
         command = [sys.executable, "-W", "ignore", "-c", CHANGE, str(self.config), name, changes]
         subprocess.run(command, cwd=ROOT, env=self.env, check=True)
 
-    def ask_whether_it_lives(self, prefix: str, deadline_s: float = 120) -> tuple[int, bool]:
-        """Return the status of /v2/health/live once there is any, and whether a replica of the application is ready."""
+    def lives_before_ready(self, prefix: str, deadline_s: float = 120) -> bool:
+        """Wait until /v2/health/live of an application says 200; return whether it was not ready by then."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end and self.process.poll() is None:
-            try:
-                status = self.request(f"{prefix}/v2/health/live")[0]
+            try:  # a while after it listens, HAProxy knows of no proxy yet, and says 404
+                if self.request(f"{prefix}/v2/health/live")[0] != 200:
+                    raise OSError
             except OSError:
                 time.sleep(0.5)
                 continue
-            url = f"http://127.0.0.1:{self.port}{prefix}/v2/health/ready"
             try:
-                with urllib.request.urlopen(url, timeout=1) as reply:
-                    return status, reply.status == 200
-            except OSError:  # an error status, or no answer
-                return status, False
-        return 0, False
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}{prefix}/v2/health/ready", timeout=1).close()
+            except OSError:  # an error status, or no answer: the request waits for the replica
+                return True
+            return False
+        return False
 
     def wait_until_ready(self, prefix: str, deadline_s: float = 1200) -> None:
         """Wait for an application; fail with the log where the process ends or the deadline passes."""
@@ -273,7 +273,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         )
     server = Server(process, port, grpc_port, path, log, env)
     try:
-        server.while_compiling = server.ask_whether_it_lives("/sentence-encoder")
+        server.lived_before_ready = server.lives_before_ready("/sentence-encoder")
         for application in config["applications"]:
             server.wait_until_ready(application["route_prefix"].rstrip("/"))
         yield server
