@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from deployments.errors import BadRequest
 from deployments.tensor_info import check_range
@@ -50,14 +52,10 @@ class TextCheckpoint:
             )
         self.max_length = max_length or self.longest
         text_config = self.config.get("text_config")
-        known = {**(text_config if isinstance(text_config, dict) else {}), **self.config}
-        #: How many values each input has, where the configuration says so (0 types: the network ignores them).
-        self._sizes = {
-            "input_ids": known.get("vocab_size"),
-            "attention_mask": 2,
-            "token_type_ids": known.get("type_vocab_size"),
-        }
-        self.vocabulary = int(known.get("vocab_size") or 1000)
+        nested = text_config if isinstance(text_config, dict) else {}
+        self.vocabulary = int(self.config.get("vocab_size") or nested.get("vocab_size") or 1000)
+        #: How many values each input has; None where that is not known.
+        self._sizes: dict[str, int | None] = {"input_ids": None, "attention_mask": 2, "token_type_ids": None}
         self._tokenizer: Tokenizer | None = None
         self.input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
@@ -142,13 +140,20 @@ class TextCheckpoint:
         except RuntimeError as error:  # whole numbers beyond 64 bits
             raise BadRequest(f"the tokens are not in the vocabulary: {error}") from error
 
+    def take_sizes(self, network: nn.Module) -> None:
+        """Look at a loaded network for how many tokens, and types of them, its tables have."""
+        with contextlib.suppress(NotImplementedError):  # transformers' word for a network that has not one table
+            table = network.get_input_embeddings()  # type: ignore[operator]
+            self._sizes["input_ids"] = getattr(table, "num_embeddings", None)
+        self._sizes["token_type_ids"] = getattr(network.config, "type_vocab_size", None)
+
     def check(self, inputs: Inputs) -> None:
         """Raise BadRequest for tokens that are too many, or that the network's tables do not have. [B, T] each."""
         self._check_length(inputs[0].shape[1])
         for name, tensor in zip(self.input_names, inputs, strict=True):
             size = self._sizes[name]
-            if size:
-                check_range(name, tensor, 0, int(size))
+            if size:  # no types: the network ignores them
+                check_range(name, tensor, 0, size)
 
     def _check_length(self, length: int) -> None:
         if not 1 <= length <= self.max_length:

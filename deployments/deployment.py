@@ -34,7 +34,8 @@ from optim.shapes import Inputs
 
 logger = logging.getLogger(__name__)
 _LOGGERS = ("optim", "deployments")
-#: Places of a replica that arriving bodies never have: for those whose body is there, and for health checks.
+#: Places of a replica that arriving bodies leave, where there are enough: for those whose body is there, and for health
+#: checks.
 _SPARE_PLACES = 32
 
 
@@ -68,7 +69,7 @@ class ModelReplica(InferenceServicer):
             args.limits.bytes_in_flight,
             self._seconds_to_drain,
             lambda: self._metrics.count("rejected"),
-            max_arriving=max(1, _max_ongoing_requests() - _SPARE_PLACES),
+            max_arriving=max(args.batching.max_queue, _max_ongoing_requests() - _SPARE_PLACES),
         )
         self._service = ModelService(
             args,

@@ -170,8 +170,8 @@ async def _infer(service: ModelService, request: Request) -> Response:
             held.drop(weight)  # what stays are arrays
         left = time_left(request, started)
         outputs = await oip.run(service, wanted, wanted.timeout_s if left is None else left, held)
-        size = oip.size_as_json(wanted, outputs)
-        content, json_length = await service.aside(size, oip.write_reply, service, wanted, outputs)
+        weight = oip.weigh_reply(wanted, outputs)
+        content, json_length = await service.aside(weight, oip.write_reply, service, wanted, outputs)
     headers = {} if json_length is None else {oip.HEADER_LENGTH: str(json_length)}
     # Most libraries say of themselves that they can unpack several codings; who names a single one has asked for it.
     coding = request.headers.get("accept-encoding", "").strip().lower()

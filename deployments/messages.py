@@ -9,7 +9,8 @@ from typing import Any
 from deployments.errors import BadRequest
 
 _MOST_CONTAINERS = 500_000
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+#: A string of JSON; one without an end goes to the end, else each of its escaped quotes would be looked at as a start.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 #: Made once: json.dumps makes one for every call that asks for anything but its defaults.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -46,7 +47,8 @@ def read_json(body: bytes | memoryview, *, with_nan: bool = False) -> Any:
     if _count_containers(text) > _MOST_CONTAINERS and _count_containers(_STRING.sub(b"", text)) > _MOST_CONTAINERS:
         raise BadRequest(f"the body has more than {_MOST_CONTAINERS} lists and objects")
     try:
-        return json.loads(text, parse_constant=None if with_nan else _refuse)
+        # Not as json.loads reads bytes, which may be UTF-16: strings are told from lists above by the bytes of UTF-8.
+        return json.loads(text.decode("utf-8-sig"), parse_constant=None if with_nan else _refuse)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
 

@@ -239,10 +239,12 @@ def pick_outputs(request: InferRequest, outputs: Mapping[str, torch.Tensor]) -> 
     return {name: outputs[name] for name in request.outputs or outputs}
 
 
-def size_as_json(request: InferRequest, outputs: Mapping[str, torch.Tensor]) -> int:
-    """Return about how many bytes the outputs take that are asked for in JSON."""
-    asked = {name: as_bytes for name, as_bytes in request.outputs.items() if name in outputs}
-    return sum(20 * value.numel() for name, value in outputs.items() if not asked.get(name, request.binary))
+def weigh_reply(request: InferRequest, outputs: Mapping[str, torch.Tensor]) -> int:
+    """Return how much work it is to write a reply, in bytes of JSON: a figure is 20, and 16 bytes copied are one."""
+    return sum(
+        value.nbytes // 16 if request.outputs.get(name, request.binary) else 20 * value.numel()
+        for name, value in outputs.items()
+    )
 
 
 def write_reply(

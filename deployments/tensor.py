@@ -115,7 +115,8 @@ class TensorModel(Servable):
         high = given.high if given.high is not None else given.vocabulary or 1.0
         if dtype.is_floating_point:
             return (given.low + unit * (high - given.low)).to(dtype)
-        high = high if high > given.low + 1 else given.low + 2
+        is_open = given.high is None and given.vocabulary is None
+        high = max(high, given.low + (2 if is_open else 1))
         return (given.low + unit * (high - given.low)).floor().to(dtype)
 
     def check(self, inputs: Inputs) -> None:

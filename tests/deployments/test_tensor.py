@@ -72,6 +72,25 @@ def test_a_torchscript_file_is_served_as_it_is(tmp_path: Path) -> None:
     assert any("TorchScript" in r["message"] for r in report["refusals"])
 
 
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ({}, {0, 1}),
+        ({"low": 1, "high": 2}, {1}),
+        ({"high": 1}, {0}),
+        ({"vocabulary": 1}, {0}),
+        ({"low": 1, "vocabulary": 2}, {1}),
+        ({"vocabulary": 3}, {0, 1, 2}),
+    ],
+)
+def test_examples_of_whole_numbers_are_in_their_range(given: dict[str, Any], values: set[int]) -> None:
+    inputs = [{"shape": [64], "dtype": "int64", **given}]
+    model = TensorModel(module="tests.support.models:make_mlp", inputs=inputs)
+    (example,) = model.example(4, None)
+    assert set(example.unique().tolist()) == values
+    model.check((example,))
+
+
 def test_two_inputs_lengths_and_a_mapping_out() -> None:
     args = {
         "model": TENSOR_MODEL,

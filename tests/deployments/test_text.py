@@ -136,22 +136,22 @@ def test_tensors_that_the_networks_tables_do_not_have_are_refused(
     assert (reply.status_code, message in reply.json()["error"]) == (400, True), reply.text
 
 
-@pytest.mark.parametrize(
-    ("config", "refused"),
-    [({"vocab_size": 50}, True), ({"text_config": {"vocab_size": 50}}, True), ({}, False)],
-)
-def test_tokens_are_bounded_by_what_the_configuration_says(
-    config: dict[str, Any], refused: bool, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_tokens_are_bounded_by_the_networks_own_tables(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 60}}))
     (tmp_path / "model.safetensors").touch()
     checkpoint = TextCheckpoint(tmp_path)
-    ids = torch.tensor([[1, 50]])
-    if refused:
-        with pytest.raises(BadRequest, match="50 is not allowed"):
-            checkpoint.check((ids, torch.ones_like(ids)))
-    else:
-        checkpoint.check((ids, torch.ones_like(ids)))
+    assert checkpoint.vocabulary == 60
+    checkpoint.input_names = ("input_ids", "attention_mask", "token_type_ids")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    checkpoint.take_sizes(transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)))
+    for ids, types, wrong in ((49, 1, None), (50, 0, "input_ids: 50"), (1, 2, "token_type_ids: 2")):
+        inputs = (torch.tensor([[1, ids]]), torch.ones(1, 2, dtype=torch.int64), torch.tensor([[0, types]]))
+        if wrong is None:
+            checkpoint.check(inputs)
+        else:
+            with pytest.raises(BadRequest, match=wrong):
+                checkpoint.check(inputs)
 
 
 def test_a_text_over_http_in_every_form(encoder: ModelService) -> None:
