@@ -16,7 +16,7 @@ from starlette.routing import Route
 from deployments import oip, openai, openapi, torchserve
 from deployments.body import PACKED, pack, read_body
 from deployments.errors import BadRequest
-from deployments.keys import Keys
+from deployments.keys import HEALTH_PATHS, Keys
 from deployments.messages import read_json, weigh_json, write_answer
 from deployments.middleware import OWN_TIMEOUT, TIMEOUT
 from deployments.replies import Endpoint, guard, json_reply, make_starlette
@@ -49,15 +49,16 @@ def make_app(service: ModelService, keys: Keys | None = None) -> Starlette:
         ("GET", "/openapi.json", _openapi),
     ]
     routes = [
-        Route(path, _endpoint(service, handler, keys), methods=methods.split()) for methods, path, handler in endpoints
+        Route(path, _endpoint(service, handler, keys, path), methods=methods.split())
+        for methods, path, handler in endpoints
     ]
     return make_starlette(routes)
 
 
-def _endpoint(service: ModelService, handler: Handler, keys: Keys | None) -> Endpoint:
+def _endpoint(service: ModelService, handler: Handler, keys: Keys | None, path: str) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         if keys is not None:
-            keys.check(request.headers, health=handler in _HEALTH)
+            keys.check(request.headers, health=path in HEALTH_PATHS)
         return await handler(service, request)
 
     return guard(endpoint)
@@ -202,7 +203,3 @@ async def _embed(service: ModelService, request: Request) -> Response:
             raise BadRequest(f"model: {wanted.model} makes no embeddings")
         content = await openai.embed(service, wanted, timeout_s=time_left(request, started), held=held)
     return Response(content, media_type="application/json")
-
-
-#: What answers without a key where `auth.open_health` says so.
-_HEALTH = (_ping, _live, _ready, _model_ready)

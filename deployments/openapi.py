@@ -7,6 +7,7 @@ from typing import Any
 
 from deployments import oip
 from deployments.datatypes import DATATYPES
+from deployments.keys import HEALTH_PATHS
 from deployments.servable import Encoder
 from deployments.service import ModelService
 
@@ -43,7 +44,8 @@ def describe(service: ModelService, root: str = "") -> Json:
             parameters = [*parameters, _TIMEOUT, *([_JSON_LENGTH] if path.endswith("/infer") else [])]
         error = _ERRORS["v2" if path.startswith("/v2") else "v1" if path.startswith("/v1") else "torchserve"]
         responses: Json = {"200": {"description": "the answer", "content": ok}}
-        if path in _HEALTH and not service.args.auth.open_health:
+        is_open = path in HEALTH_PATHS and service.args.auth.open_health
+        if path in HEALTH_PATHS and not is_open:
             statuses = (401, *statuses)
         for status in statuses:
             is_ping = (path, status) == ("/ping", 500)  # the status in words, as TorchServe has it
@@ -54,7 +56,7 @@ def describe(service: ModelService, root: str = "") -> Json:
         operation = {"summary": text, "parameters": parameters, "responses": responses}
         if body is not None:
             operation["requestBody"] = {"required": True, "content": body}
-        if service.args.auth.open_health and path in _HEALTH:
+        if is_open:
             operation["security"] = []
         paths.setdefault(path, {})[method] = operation
 
@@ -113,7 +115,6 @@ def _json(schema: Json) -> Json:
 
 
 _MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-_HEALTH = ("/ping", "/v2/health/live", "/v2/health/ready", *(f"{prefix}/ready" for prefix in _MODEL))
 _TIMEOUT: Json = {
     "name": "x-request-timeout-seconds",
     "in": "header",
