@@ -53,9 +53,12 @@ class TextCheckpoint:
         self.max_length = max_length or self.longest
         text_config = self.config.get("text_config")
         nested = text_config if isinstance(text_config, dict) else {}
-        self.vocabulary = int(self.config.get("vocab_size") or nested.get("vocab_size") or 1000)
         #: How many values each input has; None where that is not known.
-        self._sizes: dict[str, int | None] = {"input_ids": None, "attention_mask": 2, "token_type_ids": None}
+        self._sizes: dict[str, int | None] = {
+            "input_ids": int(self.config.get("vocab_size") or nested.get("vocab_size") or 0) or None,
+            "attention_mask": 2,
+            "token_type_ids": None,
+        }
         self._tokenizer: Tokenizer | None = None
         self.input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
@@ -144,7 +147,7 @@ class TextCheckpoint:
         """Look at a loaded network for how many tokens, and types of them, its tables have."""
         with contextlib.suppress(NotImplementedError):  # transformers' word for a network that has not one table
             table = network.get_input_embeddings()  # type: ignore[operator]
-            self._sizes["input_ids"] = getattr(table, "num_embeddings", None)
+            self._sizes["input_ids"] = getattr(table, "num_embeddings", self._sizes["input_ids"])
         self._sizes["token_type_ids"] = getattr(network.config, "type_vocab_size", None)
 
     def check(self, inputs: Inputs) -> None:
@@ -163,8 +166,9 @@ class TextCheckpoint:
         """Return full rows of tokens, their mask of ones and, where needed, types of zero. -> [B, T] each."""
         assert length is not None
         generator = torch.Generator().manual_seed(1000 * batch_size + length)
+        vocabulary = self._sizes["input_ids"] or 1000
         # The first tokens of a vocabulary are special ones.
-        ids = torch.randint(self.vocabulary // 20, self.vocabulary, (batch_size, length), generator=generator)
+        ids = torch.randint(vocabulary // 20, vocabulary, (batch_size, length), generator=generator)
         return self._without_padding(ids)
 
     def _without_padding(self, ids: torch.Tensor) -> Inputs:

@@ -57,6 +57,9 @@ _CODES: dict[type[RequestError], grpc.StatusCode] = {
 }
 #: Fields of a ModelInferRequest: a tensor each, or what it holds; real ones have some dozens at most.
 _MOST_FIELDS = 1000
+#: Bytes that one outside of raw_input_contents becomes, at most: a number of one byte in a list of Python's.
+_GROWTH = 24
+_RAW_FIELD = 7
 _HEALTH = ("ServerLive", "ServerReady", "ModelReady")
 #: The field of `contents` that carries a datatype; FP16 and BF16 are in none.
 _FIELDS = {
@@ -160,37 +163,33 @@ async def infer(service: ModelService, raw: bytes) -> dict[str, Any]:
     if size > service.limits.body_bytes:
         raise BodyTooLarge(f"the message of {size} bytes is over the limit of {service.limits.body_bytes} bytes")
     with service.admission.hold_bytes(size) as held:
-        message, wanted = await service.aside(size, _read, service, raw)
+        weight = weigh(raw)
+        held.add(weight)
+        try:
+            message, wanted = await service.aside(size, _read, service, raw)
+        finally:
+            held.drop(weight)  # what stays are arrays
         outputs = await oip.run(service, wanted, wanted.timeout_s, held)
     reply: dict[str, Any] = {"model_name": service.name, "model_version": service.version, "id": message.id}
     return {**reply, **_write_outputs(wanted, outputs, raw=bool(message.raw_input_contents))}
 
 
 def _read(service: ModelService, raw: bytes) -> tuple[Any, oip.InferRequest]:
-    message = unpack(raw)
+    try:
+        message = message_class("ModelInferRequest").FromString(raw)
+    except DecodeError as error:
+        raise BadRequest(f"the message is no ModelInferRequest: {error}") from error
     service.check_model(message.model_name, message.model_version or None)
     return message, read_request(message)
 
 
-def unpack(raw: bytes) -> Any:
-    """Return the ModelInferRequest that bytes hold; BadRequest where they hold none, or one of too many fields.
+def weigh(raw: bytes) -> int:
+    """Return the bytes that a ModelInferRequest becomes, at most; BadRequest where it is none, or has too many fields.
 
-    An empty tensor takes two bytes, and becomes an object of ninety.
+    An empty tensor takes two bytes, and becomes an object of ninety. Groups, which nobody sends any more, are counted
+    by what is in them.
     """
-    try:
-        if _count_fields(raw) > _MOST_FIELDS:
-            raise BadRequest(f"the message has more than {_MOST_FIELDS} fields")
-        return message_class("ModelInferRequest").FromString(raw)
-    except (DecodeError, IndexError) as error:
-        raise BadRequest(f"the message is no ModelInferRequest: {error}") from error
-
-
-def _count_fields(raw: bytes) -> int:
-    """Return how many fields a message has at its top level, or a number above `_MOST_FIELDS`.
-
-    Groups, which nobody sends any more, are counted by what is in them. IndexError where it ends too early.
-    """
-    at = count = 0
+    at = count = packed = 0
 
     def varint() -> int:
         nonlocal at
@@ -203,15 +202,22 @@ def _count_fields(raw: bytes) -> int:
                 return value
             shift += 7
 
-    while at < len(raw) and count <= _MOST_FIELDS:
-        kind = varint() & 7
-        if kind == 0:
-            varint()
-        else:
-            length = varint() if kind == 2 else {1: 8, 5: 4}.get(kind, 0)
+    try:
+        while at < len(raw):
+            key = varint()
+            length = varint() if key & 7 == 2 else {1: 8, 5: 4}.get(key & 7, 0)
+            if key & 7 == 0:
+                varint()
+            if key == (_RAW_FIELD << 3 | 2):
+                packed += length
             at += length
-        count += 1
-    return count
+            count += 1
+            if count > _MOST_FIELDS:
+                raise BadRequest(f"the message has more than {_MOST_FIELDS} fields")
+    except IndexError as error:
+        raise BadRequest("the message is no ModelInferRequest: it ends too early") from error
+    packed = min(packed, len(raw))
+    return packed + _GROWTH * (len(raw) - packed)
 
 
 def read_request(message: Any) -> oip.InferRequest:
@@ -240,13 +246,15 @@ def read_request(message: Any) -> oip.InferRequest:
 
 
 def _values_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    if len(parameters) > _MOST_FIELDS:
+        raise BadRequest(f"the message has more than {_MOST_FIELDS} parameters in one place")
     return {
         name: getattr(value, value.WhichOneof("parameter_choice") or "", None) for name, value in parameters.items()
     }
 
 
 def _read_tensor(path: str, tensor: Any, raw: bytes | None) -> Any:
-    shape, kind = check_shape(path, list(tensor.shape)), check_datatype(path, tensor.datatype)
+    shape, kind = check_shape(path, tensor.shape[:_MOST_FIELDS]), check_datatype(path, tensor.datatype)
     if raw is not None:
         if tensor.HasField("contents"):
             raise BadRequest(f"{path}: there are contents, and raw_input_contents; only one of them is allowed")

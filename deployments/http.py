@@ -17,7 +17,7 @@ from deployments import oip, openai, openapi, torchserve
 from deployments.body import PACKED, pack, read_body
 from deployments.errors import BadRequest
 from deployments.keys import HEALTH_PATHS, Keys
-from deployments.messages import read_json, weigh_json, write_answer
+from deployments.messages import weigh_json, write_answer
 from deployments.middleware import OWN_TIMEOUT, TIMEOUT
 from deployments.replies import Endpoint, guard, json_reply, make_starlette
 from deployments.servable import Encoder
@@ -116,7 +116,9 @@ async def _predict(service: ModelService, request: Request) -> Response:
 
 
 def _size_as_json(reply: Any) -> int:
-    """Return about how many bytes a reply has as JSON, looking at its first element only."""
+    """Return about how many bytes a reply has as JSON, looking at the first element of a list only."""
+    if isinstance(reply, dict):
+        return sum(map(_size_as_json, reply.values()))
     if not isinstance(reply, list) or not reply:
         return 0
     return len(reply) * max(_size_as_json(reply[0]), 20)
@@ -197,7 +199,7 @@ async def _embed(service: ModelService, request: Request) -> Response:
     with service.admission.hold_bytes() as held:
         body = await read_body(request, service.limits, held)
         held.grow_to(weigh_json(body))
-        wanted = openai.parse_request(await service.aside(len(body), read_json, body))
+        wanted = await service.aside(len(body), openai.read_request, body)
         service.check_model(wanted.model)
         if not isinstance(service.servable, Encoder):
             raise BadRequest(f"model: {wanted.model} makes no embeddings")

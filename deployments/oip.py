@@ -64,7 +64,7 @@ def server_metadata() -> dict[str, Any]:
 
 
 def model_metadata(service: ModelService) -> dict[str, Any]:
-    """Return the reply to GET /v2/models/{model}; outputs that the protocol cannot carry are not in it."""
+    """Return the reply to GET /v2/models/{model}; tensors that the protocol cannot carry are not in it."""
 
     def describe(infos: Any) -> list[dict[str, Any]]:
         return [
@@ -232,11 +232,17 @@ async def run(
 
 
 def pick_outputs(request: InferRequest, outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the outputs that are asked for; BadRequest for one that the model lacks."""
+    """Return the outputs that are asked for, else those that the metadata names.
+
+    BadRequest for one that the model lacks, Unsupported where there is none that the protocol can carry.
+    """
+    carried = [name for name, value in outputs.items() if has_name(value.dtype)]
+    if not request.outputs and not carried:
+        raise Unsupported(f"the outputs ({', '.join(outputs)}) have no datatype in the Open Inference Protocol")
     for name in request.outputs:
         if name not in outputs:
             raise BadRequest(f"outputs: the model has {', '.join(outputs)}, not {name!r}")
-    return {name: outputs[name] for name in request.outputs or outputs}
+    return {name: outputs[name] for name in request.outputs or carried}
 
 
 def weigh_reply(request: InferRequest, outputs: Mapping[str, torch.Tensor]) -> int:

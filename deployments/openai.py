@@ -19,7 +19,7 @@ from deployments.errors import (
     Unauthorized,
     Unsupported,
 )
-from deployments.messages import write_answer
+from deployments.messages import read_json, write_answer
 from deployments.servable import Encoder
 from deployments.service import ModelService
 
@@ -62,8 +62,12 @@ def describe_model(service: ModelService) -> dict[str, Any]:
     return {"id": service.name, "object": "model", "created": service.started, "owned_by": "pt2-serve"}
 
 
-def parse_request(message: Any) -> EmbeddingsRequest:
-    """Check a request to /v1/embeddings; BadRequest names the field, the value and what is allowed."""
+def read_request(body: bytes | memoryview) -> EmbeddingsRequest:
+    """Return what the body of a request to /v1/embeddings asks for.
+
+    BadRequest names the field, the value and what is allowed.
+    """
+    message = read_json(body)
     if not isinstance(message, Mapping):
         raise BadRequest("the body must be a JSON object")
     unknown = [key for key in message if key not in _KEYS]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import struct
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
@@ -35,7 +36,8 @@ from optim.tree import flatten
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Bytes of JSON that are read sooner (1 ms) than another thread takes over.
+#: Bytes of JSON that are read sooner (1 ms) than another thread takes over. Python's reader of JSON lets no thread run
+#: beside it, but what is done with its lists does.
 _SMALL = 64 * 1024
 Run = Callable[[Inputs, int, float | None], Awaitable[Any]]
 """Runs inputs of some rows until a deadline on time.monotonic's clock (None: never)."""
@@ -129,7 +131,14 @@ class ModelService:
     ) -> dict[str, torch.Tensor]:
         """Run tensors that have the batch dimension; BadRequest where names, dtypes or shapes are not the model's."""
         inputs = self._check_tensors(tensors)
-        self._check_values(inputs)
+        try:
+            self.servable.check(inputs)
+        except RequestError:
+            raise
+        except Exception as error:
+            if _comes_of_payload(error):
+                raise BadRequest(str(error)) from error
+            raise
         size = measure(self._model.input_specs, inputs)
         if size is None:
             raise BadRequest("the inputs differ in their number of rows or their length, or have none")
@@ -229,14 +238,8 @@ class ModelService:
 
     def _read(self, preprocess: Callable[[Any], Any], payload: Any) -> Inputs:
         inputs = self._add_batch_dim(preprocess(payload))
-        self._check_values(inputs)
+        self.servable.check(inputs)
         return self._pin(inputs)
-
-    def _check_values(self, inputs: Inputs) -> None:
-        try:
-            self.servable.check(inputs)
-        except ValueError as error:
-            raise BadRequest(str(error)) from error
 
     def _pin(self, inputs: Inputs) -> Inputs:
         """Put inputs for a GPU into pinned memory, from which the model thread can copy without waiting."""
@@ -291,7 +294,9 @@ class ModelService:
         except Exception as error:
             kind, message = describe(error)
             if blame_request and _comes_of_payload(error):
-                logger.warning("preprocess failed on a request", exc_info=error)
+                where = "".join(traceback.format_tb(error.__traceback__))
+                # Not the whole message, which may repeat megabytes of what the caller sent.
+                logger.warning("preprocess failed on a request: %s: %.200s\n%s", kind, message, where)
                 raise BadRequest(f"the request cannot be read: {kind}: {message}") from error
             logger.exception("the servable failed")
             raise ModelFailed(f"the servable failed: {kind}") from error

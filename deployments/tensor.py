@@ -71,7 +71,7 @@ class TensorModel(Servable):
             read_section(f"model_args.inputs[{i}]", given, TensorInput) for i, given in enumerate(inputs or ())
         )
         for i, given in enumerate(self._inputs):
-            _find_dtype(f"model_args.inputs[{i}].dtype", given.dtype)
+            _check_input(f"model_args.inputs[{i}]", given)
         if not self._inputs and self._source != "archive":
             raise ConfigError(
                 "model_args.inputs", inputs, "describe at least one input, such as {shape: [3, 224, 224]}"
@@ -115,8 +115,8 @@ class TensorModel(Servable):
         high = given.high if given.high is not None else given.vocabulary or 1.0
         if dtype.is_floating_point:
             return (given.low + unit * (high - given.low)).to(dtype)
-        is_open = given.high is None and given.vocabulary is None
-        high = max(high, given.low + (2 if is_open else 1))
+        if given.vocabulary is None:
+            high = max(high, given.low + (2 if given.high is None else 1))
         return (given.low + unit * (high - given.low)).floor().to(dtype)
 
     def check(self, inputs: Inputs) -> None:
@@ -157,6 +157,19 @@ def _to_tensor(value: Any, dtype: torch.dtype) -> torch.Tensor:
     if not torch.can_cast(tensor.dtype, dtype):
         raise BadRequest(f"{str(tensor.dtype).removeprefix('torch.')} values cannot become {dtype}")
     return tensor.to(dtype)
+
+
+def _check_input(path: str, given: TensorInput) -> None:
+    """Raise ConfigError for a dtype that is none, and for examples that would not be within the vocabulary."""
+    dtype = _find_dtype(f"{path}.dtype", given.dtype)
+    if given.vocabulary is None:
+        return
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or given.vocabulary < 1:
+        raise ConfigError(f"{path}.vocabulary", given.vocabulary, "use 1 or more, for whole numbers such as int64")
+    high = given.vocabulary if given.high is None else given.high
+    if not (0 <= given.low <= high - 1 and high <= given.vocabulary):
+        allowed = f"use 0 <= low < high <= {given.vocabulary} (vocabulary), or leave both out"
+        raise ConfigError(path, {"low": given.low, "high": given.high}, allowed)
 
 
 def _find_dtype(key: str, name: str) -> torch.dtype:

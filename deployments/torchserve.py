@@ -46,6 +46,8 @@ _TYPES: dict[type[RequestError], str] = {
 }
 #: Fields that a form may have: each costs a copy.
 _MOST_FIELDS = 16
+#: Characters of a form's Content-Type; reading one takes quadratic time.
+_LONGEST_TYPE = 1000
 _PLAIN_NAME = re.compile(rb"[\w.-]+")
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _TYPES_BY_STATUS = {404: "ResourceNotFoundException", 405: "MethodNotAllowedException", 400: "BadRequestException"}
@@ -117,6 +119,8 @@ def _text_or_bytes(content: bytes) -> str | bytes:
 
 def _decode_parts(content_type: str, body: bytes) -> Any:
     """Return the part `data` or `body` of a multipart form."""
+    if len(content_type) > _LONGEST_TYPE:
+        raise BadRequest(f"the form cannot be read: its Content-Type has {len(content_type)} characters")
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise BadRequest("the form cannot be read: its Content-Type has no boundary")

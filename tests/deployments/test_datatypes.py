@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.datatypes import NUMPY_TYPES, from_bytes, from_json, to_bytes, to_json
-from deployments.errors import BadRequest
+from deployments.errors import BadRequest, Unsupported
 
 KINDS = st.sampled_from([*NUMPY_TYPES, "BF16"])
 SHAPES = st.lists(st.integers(0, 4), max_size=4)
@@ -115,3 +115,10 @@ def test_what_json_cannot_carry_is_asked_for_in_binary_form() -> None:
         with pytest.raises(BadRequest, match="binary_data"):
             to_json(value)
     assert to_json(torch.tensor([1.5], dtype=torch.bfloat16)) == ("FP32", [1], [1.5])
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_a_dtype_that_the_protocol_has_not_is_refused_in_both_forms(dtype: torch.dtype) -> None:
+    for write in (to_json, to_bytes):
+        with pytest.raises(Unsupported, match="has no name"):
+            write(torch.zeros(2, dtype=dtype))

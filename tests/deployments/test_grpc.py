@@ -13,7 +13,8 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from deployments.args import AuthArgs
-from deployments.errors import Forbidden
+from deployments.errors import BadRequest, Forbidden
+from deployments.grpc import read_request, weigh
 from deployments.inference_messages import PACKAGE, SERVICE, message_class
 from deployments.keys import Keys
 from deployments.service import ModelService
@@ -215,6 +216,27 @@ def test_a_message_of_countless_tensors_is_not_unpacked(port: int) -> None:
     error = send(port, b"\x2a\x00" * 1001)
     assert error.details() == "the message has more than 1000 fields"
     assert send(port, b"\x2a\x00" * 1000).details() != error.details()
+
+
+def test_a_message_counts_as_what_it_becomes() -> None:
+    request = make_request()
+    assert weigh(request.SerializeToString()) == 24 * request.ByteSize()
+    tensor = message_class("InferTensor")(name="features", datatype="FP32", shape=[2, 8])
+    raw = message_class("ModelInferRequest")(inputs=[tensor], raw_input_contents=[bytes(6400)])
+    assert 6400 < weigh(raw.SerializeToString()) < 6400 + 24 * 40
+    assert weigh(b"\x3a\xff\xff\xff\xff\x0f") == 6  # a length that is not there: the message is refused later
+
+
+def test_countless_parameters_and_sizes_of_one_tensor_are_refused() -> None:
+    request = make_request()
+    for number in range(1001):
+        request.inputs[0].parameters[str(number)].bool_param = True
+    with pytest.raises(BadRequest, match="more than 1000 parameters in one place"):
+        read_request(request)
+    request = make_request()
+    request.inputs[0].shape.extend([1] * 100_000)
+    with pytest.raises(BadRequest, match="at most 16 of them"):
+        read_request(request)
 
 
 def test_nothing_is_unpacked_for_who_has_no_key(tiny: ModelService) -> None:

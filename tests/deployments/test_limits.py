@@ -21,7 +21,7 @@ from torch import nn
 
 from deployments.admission import Admission
 from deployments.errors import BadRequest, Overloaded
-from deployments.http import make_app, time_left
+from deployments.http import _size_as_json, make_app, time_left
 from deployments.messages import read_json, weigh_json
 from deployments.middleware import middlewares
 from deployments.servable import Servable
@@ -52,6 +52,12 @@ def test_json_of_countless_containers_is_refused_before_it_is_read(kind: str) ->
     with pytest.raises(BadRequest, match="more than 500000 lists and objects"):
         read_json(body)
     assert len(read_json(f"[{kind * 499_999}0]".encode())) == 500_000
+
+
+def test_strings_are_not_looked_for_where_they_are_countless() -> None:
+    with pytest.raises(BadRequest, match="more than 500000 lists and objects"):
+        read_json(b'["' + b"[" * 500_000 + b'"' + b',""' * 500_000 + b"]")
+    assert len(read_json(b'["' + b"[" * 500_000 + b'"' + b',""' * 499_999 + b"]")) == 500_000
 
 
 def test_what_json_becomes_is_counted() -> None:
@@ -131,7 +137,22 @@ def test_an_output_that_the_tensor_protocols_cannot_carry_is_served_by_the_other
         assert client.post("/predictions/spectrum", json=[3, 4]).json() == [5, 5]
         tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}
         reply = client.post("/v2/models/spectrum/infer", json={"inputs": [tensor]})
+        assert (reply.status_code, "have no datatype" in reply.json()["error"]) == (501, True)
+        reply = client.post("/v2/models/spectrum/infer", json={"inputs": [tensor], "outputs": [{"name": "output_0"}]})
         assert (reply.status_code, "complex64 has no name" in reply.json()["error"]) == (501, True)
+
+
+def test_the_log_repeats_only_the_beginning_of_what_was_sent(caplog: pytest.LogCaptureFixture) -> None:
+    assert _status_of(ValueError("no number: " + "9" * 100_000)) == 400
+    (record,) = [record for record in caplog.records if "preprocess failed" in record.message]
+    assert "in preprocess" in record.message
+    assert len(record.getMessage()) < 2000
+    assert record.exc_info is None
+
+
+def test_objects_in_a_reply_are_weighed() -> None:
+    assert _size_as_json({"scores": [0.5] * 1000, "labels": ["a"] * 10}) == 20_200
+    assert _size_as_json([[0.5] * 10] * 10) == 2000
 
 
 def test_what_stays_of_a_json_tensor_is_its_array_alone() -> None:

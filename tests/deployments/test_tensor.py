@@ -91,6 +91,22 @@ def test_examples_of_whole_numbers_are_in_their_range(given: dict[str, Any], val
     model.check((example,))
 
 
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"vocabulary": 0}, r"inputs\[0\]\.vocabulary"),
+        ({"vocabulary": 9, "dtype": "float32"}, r"inputs\[0\]\.vocabulary"),
+        ({"vocabulary": 9, "high": 10}, r"inputs\[0\]: {'low': 0.0, 'high': 10.0}"),
+        ({"vocabulary": 9, "low": 9}, r"inputs\[0\]: {'low': 9"),
+        ({"vocabulary": 9, "low": -1}, r"inputs\[0\]: {'low': -1"),
+    ],
+)
+def test_a_vocabulary_that_its_own_examples_leave_is_refused(given: dict[str, Any], key: str) -> None:
+    inputs = [{"shape": [2], "dtype": "int64", **given}]
+    with pytest.raises(ConfigError, match=key):
+        TensorModel(module="tests.support.models:make_mlp", inputs=inputs)
+
+
 def test_two_inputs_lengths_and_a_mapping_out() -> None:
     args = {
         "model": TENSOR_MODEL,

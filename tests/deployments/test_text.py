@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,7 +141,9 @@ def test_tokens_are_bounded_by_the_networks_own_tables(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 60}}))
     (tmp_path / "model.safetensors").touch()
     checkpoint = TextCheckpoint(tmp_path)
-    assert checkpoint.vocabulary == 60
+    with pytest.raises(BadRequest, match="input_ids: 60"):
+        checkpoint.check((torch.tensor([[60]]), torch.tensor([[1]])))
+    assert int(checkpoint.example(4, 400)[0].max()) == 59
     checkpoint.input_names = ("input_ids", "attention_mask", "token_type_ids")
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -152,6 +155,25 @@ def test_tokens_are_bounded_by_the_networks_own_tables(tmp_path: Path) -> None:
         else:
             with pytest.raises(BadRequest, match=wrong):
                 checkpoint.check(inputs)
+    assert int(checkpoint.example(4, 400)[0].max()) == 49
+
+
+class _Unsized(torch.nn.Module):
+    """A network whose table does not say how many tokens it has, as I-BERT's."""
+
+    config = SimpleNamespace()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return torch.nn.Identity()
+
+
+def test_a_table_that_does_not_say_its_size_has_the_configured_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 60}))
+    (tmp_path / "model.safetensors").touch()
+    checkpoint = TextCheckpoint(tmp_path)
+    checkpoint.take_sizes(_Unsized())
+    with pytest.raises(BadRequest, match="input_ids: 60"):
+        checkpoint.check((torch.tensor([[60]]), torch.tensor([[1]])))
 
 
 def test_a_text_over_http_in_every_form(encoder: ModelService) -> None:

@@ -115,6 +115,7 @@ HEAD = b'--x\r\nContent-Disposition: form-data; name="data"\r\n\r\n'
         (HEAD + b"1\r\n--x--", "multipart/form-data", "no boundary"),
         (HEAD + b"1\r\n--x--", "multipart/form-data; boundary=" + "x" * 300, "cannot be read"),
         (b"no form", "multipart/form-data; boundary=x", "cannot be read"),
+        (HEAD + b"1\r\n--x--", 'multipart/form-data; boundary=x; y="' + ";" * 1000 + '"', "Content-Type has 1037"),
         (b"", "multipart/form-data; boundary=x", "it has none"),
         (HEAD + b"cut off", "multipart/form-data; boundary=x", "it has none"),
         (b"--x\r\nContent-Type: text/plain\r\n\r\n1\r\n--x--", "multipart/form-data; boundary=x", "has no name"),
