@@ -46,10 +46,10 @@ test: .venv/.installed
 	.venv/bin/python -m pytest tests/optim $(PYTEST_ARGS)
 	.venv/bin/python -m pytest tests/deployments tests/e2e $(PYTEST_ARGS)
 
-# Roll-outs, hot changes and protocols end to end are Ray Serve's and the clients', the same in both environments.
+# Without what is the same with every torch: how processes, locks and files behave, Ray Serve's roll-outs, the clients.
 test-latest: .venv-latest/.installed
-	.venv-latest/bin/python -m pytest tests/optim $(PYTEST_ARGS)
-	.venv-latest/bin/python -m pytest tests/deployments tests/e2e/test_serve.py $(PYTEST_ARGS)
+	.venv-latest/bin/python -m pytest -m "not any_torch" tests/optim $(PYTEST_ARGS)
+	.venv-latest/bin/python -m pytest tests/deployments tests/e2e/test_shipped.py $(PYTEST_ARGS)
 
 test-clients: .venv/.installed .venv-clients/.installed
 	.venv/bin/python -m pytest tests/deployments/test_old_clients.py $(PYTEST_ARGS)

@@ -37,6 +37,7 @@ from deployments.errors import (
 )
 from deployments.inference_messages import CALLS, PACKAGE, SERVICE, message_class
 from deployments.keys import Keys
+from deployments.message_size import MOST_FIELDS, weigh
 from deployments.service import ModelService
 
 if TYPE_CHECKING:
@@ -55,11 +56,6 @@ _CODES: dict[type[RequestError], grpc.StatusCode] = {
     Forbidden: grpc.StatusCode.PERMISSION_DENIED,
     Unsupported: grpc.StatusCode.UNIMPLEMENTED,
 }
-#: Fields of a ModelInferRequest: a tensor each, or what it holds; real ones have some dozens at most.
-_MOST_FIELDS = 1000
-#: Bytes that one outside of raw_input_contents becomes, at most: a number of one byte in a list of Python's.
-_GROWTH = 24
-_RAW_FIELD = 7
 _HEALTH = ("ServerLive", "ServerReady", "ModelReady")
 #: The field of `contents` that carries a datatype; FP16 and BF16 are in none.
 _FIELDS = {
@@ -166,58 +162,22 @@ async def infer(service: ModelService, raw: bytes) -> dict[str, Any]:
         weight = weigh(raw)
         held.add(weight)
         try:
-            message, wanted = await service.aside(size, _read, service, raw)
+            wanted, is_raw = await service.aside(size, _read, service, raw)
         finally:
             held.drop(weight)  # what stays are arrays
         outputs = await oip.run(service, wanted, wanted.timeout_s, held)
-    reply: dict[str, Any] = {"model_name": service.name, "model_version": service.version, "id": message.id}
-    return {**reply, **_write_outputs(wanted, outputs, raw=bool(message.raw_input_contents))}
+    reply: dict[str, Any] = {"model_name": service.name, "model_version": service.version, "id": wanted.id}
+    return {**reply, **_write_outputs(wanted, outputs, raw=is_raw)}
 
 
-def _read(service: ModelService, raw: bytes) -> tuple[Any, oip.InferRequest]:
+def _read(service: ModelService, raw: bytes) -> tuple[oip.InferRequest, bool]:
+    """Return what a message asks for, and whether its tensors are in raw form."""
     try:
         message = message_class("ModelInferRequest").FromString(raw)
     except DecodeError as error:
         raise BadRequest(f"the message is no ModelInferRequest: {error}") from error
     service.check_model(message.model_name, message.model_version or None)
-    return message, read_request(message)
-
-
-def weigh(raw: bytes) -> int:
-    """Return the bytes that a ModelInferRequest becomes, at most; BadRequest where it is none, or has too many fields.
-
-    An empty tensor takes two bytes, and becomes an object of ninety. Groups, which nobody sends any more, are counted
-    by what is in them.
-    """
-    at = count = packed = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = raw[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80 or shift > 63:
-                return value
-            shift += 7
-
-    try:
-        while at < len(raw):
-            key = varint()
-            length = varint() if key & 7 == 2 else {1: 8, 5: 4}.get(key & 7, 0)
-            if key & 7 == 0:
-                varint()
-            if key == (_RAW_FIELD << 3 | 2):
-                packed += length
-            at += length
-            count += 1
-            if count > _MOST_FIELDS:
-                raise BadRequest(f"the message has more than {_MOST_FIELDS} fields")
-    except IndexError as error:
-        raise BadRequest("the message is no ModelInferRequest: it ends too early") from error
-    packed = min(packed, len(raw))
-    return packed + _GROWTH * (len(raw) - packed)
+    return read_request(message), bool(message.raw_input_contents)
 
 
 def read_request(message: Any) -> oip.InferRequest:
@@ -246,15 +206,15 @@ def read_request(message: Any) -> oip.InferRequest:
 
 
 def _values_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    if len(parameters) > _MOST_FIELDS:
-        raise BadRequest(f"the message has more than {_MOST_FIELDS} parameters in one place")
+    if len(parameters) > MOST_FIELDS:
+        raise BadRequest(f"the message has more than {MOST_FIELDS} parameters in one place")
     return {
         name: getattr(value, value.WhichOneof("parameter_choice") or "", None) for name, value in parameters.items()
     }
 
 
 def _read_tensor(path: str, tensor: Any, raw: bytes | None) -> Any:
-    shape, kind = check_shape(path, tensor.shape[:_MOST_FIELDS]), check_datatype(path, tensor.datatype)
+    shape, kind = check_shape(path, tensor.shape[:MOST_FIELDS]), check_datatype(path, tensor.datatype)
     if raw is not None:
         if tensor.HasField("contents"):
             raise BadRequest(f"{path}: there are contents, and raw_input_contents; only one of them is allowed")

@@ -133,12 +133,8 @@ class ModelService:
         inputs = self._check_tensors(tensors)
         try:
             self.servable.check(inputs)
-        except RequestError:
-            raise
-        except Exception as error:
-            if _comes_of_payload(error):
-                raise BadRequest(str(error)) from error
-            raise
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
         size = measure(self._model.input_specs, inputs)
         if size is None:
             raise BadRequest("the inputs differ in their number of rows or their length, or have none")

@@ -117,7 +117,8 @@ class TensorModel(Servable):
             return (given.low + unit * (high - given.low)).to(dtype)
         if given.vocabulary is None:
             high = max(high, given.low + (2 if given.high is None else 1))
-        return (given.low + unit * (high - given.low)).floor().to(dtype)
+        # The sum may be rounded up to `high`.
+        return (given.low + unit * (high - given.low)).floor().clamp(max=high - 1).to(dtype)
 
     def check(self, inputs: Inputs) -> None:
         """Raise BadRequest for token ids beyond a vocabulary that is declared."""
@@ -164,8 +165,11 @@ def _check_input(path: str, given: TensorInput) -> None:
     dtype = _find_dtype(f"{path}.dtype", given.dtype)
     if given.vocabulary is None:
         return
-    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or given.vocabulary < 1:
-        raise ConfigError(f"{path}.vocabulary", given.vocabulary, "use 1 or more, for whole numbers such as int64")
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ConfigError(f"{path}.vocabulary", given.vocabulary, f"{given.dtype} has none; use int64, or another int")
+    most = torch.iinfo(dtype).max + 1
+    if not 1 <= given.vocabulary <= most:
+        raise ConfigError(f"{path}.vocabulary", given.vocabulary, f"use 1 to {most}, as many as {given.dtype} has")
     high = given.vocabulary if given.high is None else given.high
     if not (0 <= given.low <= high - 1 and high <= given.vocabulary):
         allowed = f"use 0 <= low < high <= {given.vocabulary} (vocabulary), or leave both out"

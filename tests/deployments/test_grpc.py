@@ -14,9 +14,10 @@ from tritonclient.utils import InferenceServerException
 
 from deployments.args import AuthArgs
 from deployments.errors import BadRequest, Forbidden
-from deployments.grpc import read_request, weigh
+from deployments.grpc import read_request
 from deployments.inference_messages import PACKAGE, SERVICE, message_class
 from deployments.keys import Keys
+from deployments.message_size import weigh
 from deployments.service import ModelService
 from tests.support import models
 from tests.support.grpc_server import listen_grpc
@@ -220,11 +221,22 @@ def test_a_message_of_countless_tensors_is_not_unpacked(port: int) -> None:
 
 def test_a_message_counts_as_what_it_becomes() -> None:
     request = make_request()
-    assert weigh(request.SerializeToString()) == 24 * request.ByteSize()
+    # Name and datatype (two fields), two sizes in one, and 16 figures.
+    assert 12 * 64 + 4 * 90 < weigh(request.SerializeToString()) < 12 * 64 + 7 * 90 + 24 * 40
     tensor = message_class("InferTensor")(name="features", datatype="FP32", shape=[2, 8])
     raw = message_class("ModelInferRequest")(inputs=[tensor], raw_input_contents=[bytes(6400)])
     assert 6400 < weigh(raw.SerializeToString()) < 6400 + 24 * 40
-    assert weigh(b"\x3a\xff\xff\xff\xff\x0f") == 6  # a length that is not there: the message is refused later
+    photo = message_class("InferTensor")(name="payload", datatype="BYTES", shape=[1])
+    photo.contents.bytes_contents.append(bytes(100_000))
+    numbers = message_class("InferTensor")(name="count", datatype="INT64", shape=[100_000])
+    numbers.contents.int64_contents.extend([1] * 100_000)
+    for tensor, weight in ((photo, 100_000), (numbers, 2_400_000)):
+        raw = message_class("ModelInferRequest")(inputs=[tensor]).SerializeToString()
+        assert weight < weigh(raw) < weight + 2000
+        assert weigh(raw + b"\x3a\xff\xff\xff\xff\x0f") > weight  # a length that is not there: refused later
+    photo.contents.bytes_contents.extend([b""] * 20_000)
+    raw = message_class("ModelInferRequest")(inputs=[photo]).SerializeToString()
+    assert weigh(raw) > 90 * 10_000 + 24 * 20_000
 
 
 def test_countless_parameters_and_sizes_of_one_tensor_are_refused() -> None:

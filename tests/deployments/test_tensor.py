@@ -96,6 +96,7 @@ def test_examples_of_whole_numbers_are_in_their_range(given: dict[str, Any], val
     [
         ({"vocabulary": 0}, r"inputs\[0\]\.vocabulary"),
         ({"vocabulary": 9, "dtype": "float32"}, r"inputs\[0\]\.vocabulary"),
+        ({"vocabulary": 200, "dtype": "int8"}, r"inputs\[0\]\.vocabulary: 200 .* use 1 to 128"),
         ({"vocabulary": 9, "high": 10}, r"inputs\[0\]: {'low': 0.0, 'high': 10.0}"),
         ({"vocabulary": 9, "low": 9}, r"inputs\[0\]: {'low': 9"),
         ({"vocabulary": 9, "low": -1}, r"inputs\[0\]: {'low': -1"),

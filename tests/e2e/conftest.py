@@ -77,14 +77,6 @@ SMALL_MODELS = [
     make_application("picky", {"model": "tests.support.servables:PickyServable", "pt2": EAGER}),
     make_application("fragile", {"model": "tests.support.servables:FragileServable", "pt2": EAGER}),
     make_application(
-        "sentences",
-        {
-            "model": "deployments.text:SentenceEncoder",
-            "pt2": {"compile": {"backend": "openvino", "only_if_faster": False}},
-            "batching": {"batch_sizes": [1, 4], "lengths": [16, 64]},
-        },
-    ),
-    make_application(
         "slow",
         {
             "model": "tests.support.servables:PickyServable",
@@ -248,13 +240,15 @@ def steady_requests(server: Server, name: str, clients: int = 4, pause_s: float 
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Serve the shipped configuration on a free port, the small models added."""
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serve the shipped configuration on a free port, with the small models where a test is run that needs them."""
+    users = [item for item in request.session.items if "server" in getattr(item, "fixturenames", ())]
+    needs_more = any(item.path.name != "test_shipped.py" for item in users)
     folder = tmp_path_factory.mktemp("e2e")
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
     grpc_port = config["grpc_options"]["port"] = free_port()
-    config["applications"] += [*SMALL_MODELS, GATEWAY]
+    config["applications"] += [*SMALL_MODELS, GATEWAY] if needs_more else []
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     log = folder / "serve.log"

@@ -74,7 +74,7 @@ def call_until_done(model: CompiledModel) -> list[dict[str, str]]:
     while running.is_alive():
         check(model)
         try:
-            change, done = changes.get_nowait()
+            change, done = changes.get(timeout=0.02)  # with a pause, or the other process would starve
         except queue.Empty:
             continue
         change()
@@ -108,6 +108,7 @@ def test_with_a_plan_in_the_cache_it_starts_warm() -> None:
     assert (model.report.start, model.report.background, model.background) == ("warm", None, None)
 
 
+@pytest.mark.any_torch
 def test_what_the_background_made_is_for_every_later_start() -> None:
     call_until_done(build())
     assert build(when="start").report.start == "warm"
@@ -129,6 +130,7 @@ def test_streams_come_last() -> None:
     check(model.streams.model)
 
 
+@pytest.mark.any_torch
 def test_it_does_not_wait_for_a_process_that_compiles_the_same() -> None:
     call_until_done(build())
     (entry,) = entries()
@@ -141,6 +143,7 @@ def test_it_does_not_wait_for_a_process_that_compiles_the_same() -> None:
     assert model.report.background == "done"
 
 
+@pytest.mark.any_torch
 @pytest.mark.parametrize("backend", ["pt2test_raises", "pt2test_wrong", "pt2test_crashes"])
 def test_what_cannot_be_compiled_leaves_eager_and_the_reason(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     model = build(backend)
@@ -187,6 +190,7 @@ def test_it_can_be_stopped() -> None:
     assert not _children()
 
 
+@pytest.mark.any_torch
 def test_one_that_is_stopped_while_it_moves_over_keeps_the_plan() -> None:
     model = build()
     assert model.background is not None
@@ -227,6 +231,7 @@ def test_a_module_that_no_other_process_can_have_is_compiled_before_it_is_ready(
     assert any("not compiled in the background but before it was ready" in note for note in model.report.notes)
 
 
+@pytest.mark.any_torch
 @pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
 def test_an_artifact_of_other_weights_moves_nothing_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its hashes are right; only the comparison with eager, in the replica, can tell."""

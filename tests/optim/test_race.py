@@ -85,6 +85,7 @@ def test_the_fastest_wins_and_the_report_has_the_rounds() -> None:
     equal_to_eager(model, module)
 
 
+@pytest.mark.any_torch
 def test_eager_stays_where_nothing_is_faster() -> None:
     section = race("pt2test_slow")
     section["compile"] = {"only_if_faster": True}
@@ -93,6 +94,7 @@ def test_eager_stays_where_nothing_is_faster() -> None:
     assert model.report.buckets[0].speedup == 1.0
 
 
+@pytest.mark.any_torch
 def test_a_crash_costs_the_engine_that_crashed() -> None:
     module = models.Mlp().eval()
     section = race("pt2test_crashes", "pt2test_faithful")
@@ -104,6 +106,7 @@ def test_a_crash_costs_the_engine_that_crashed() -> None:
     equal_to_eager(model, module)
 
 
+@pytest.mark.any_torch
 def test_what_hangs_past_the_budget_is_left_behind_and_the_rest_is_not_tried() -> None:
     module = models.Mlp().eval()
     section = race("pt2test_faithful", "pt2test_hangs", "pt2test_wrong", budget_s=15)
@@ -131,6 +134,7 @@ def test_a_module_that_cannot_be_carried_races_in_this_process() -> None:
     assert model.report.after_ready.compilations == 0
 
 
+@pytest.mark.any_torch
 def test_a_class_of_a_script_is_carried_over() -> None:
     class Local(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -142,6 +146,7 @@ def test_a_class_of_a_script_is_carried_over() -> None:
     assert not [note for note in model.report.notes if "in this process" in note]
 
 
+@pytest.mark.any_torch
 def test_no_process_and_no_file_is_left(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     section = race("pt2test_crashes", "pt2test_faithful")
@@ -152,6 +157,7 @@ def test_no_process_and_no_file_is_left(tmp_path: Any, monkeypatch: pytest.Monke
     assert not [line for line in mine if "optim.arena" in line]
 
 
+@pytest.mark.any_torch
 def test_the_race_is_shown_as_it_goes(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "optim"):
         compile_model(models.Mlp(), models.features, race("pt2test_faithful"), batch_sizes=(1,), device="cpu")
@@ -160,6 +166,7 @@ def test_the_race_is_shown_as_it_goes(caplog: pytest.LogCaptureFixture) -> None:
     assert any(line.startswith("race: bucket 1: eager ") for line in lines)
 
 
+@pytest.mark.any_torch
 @pytest.mark.slow
 def test_a_loser_leaves_no_library_behind() -> None:
     script = """

@@ -106,6 +106,7 @@ def test_plans_go_over_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pr
     assert f"the plan came from {uri}" in warm.report.notes
 
 
+@pytest.mark.any_torch
 def test_what_is_signed_with_another_key_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"file://{tmp_path}/shared"
     monkeypatch.setenv(KEY_VARIABLE, "somebody else's key")

@@ -114,6 +114,7 @@ def test_other_threads_are_another_entry() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.any_torch
 @pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("seed", range(3))
 def test_flipped_bytes_never_make_a_wrong_answer(backend: str, seed: int) -> None:
@@ -240,6 +241,7 @@ def test_a_module_that_cannot_be_described_is_compiled_all_the_same() -> None:
     check(model, models.Mlp())
 
 
+@pytest.mark.any_torch
 def test_replicas_that_start_at_once_compile_once(tmp_path: Path) -> None:
     code = """
 import sys
