@@ -12,10 +12,11 @@ MOST_FIELDS = 1000
 _MOST_WALKED = 10_000
 #: Bytes that one becomes, at most (a number of one byte, in a list of Python's), and what an object takes beside.
 _GROWTH, _OBJECT = 24, 90
-#: Keys (number << 3 | 2: of known length) of the fields in which others lie, or which become less: the inputs and their
-#: contents; raw_input_contents, of `contents` those of FP32, FP64 and BYTES.
-_INPUTS, _CONTENTS, _RAW = 5 << 3 | 2, 5 << 3 | 2, 7 << 3 | 2
-_GROWTHS = {6 << 3 | 2: 12, 7 << 3 | 2: 6, 8 << 3 | 2: 1}
+#: What a field of known length has inside, by key (number << 3 | 2): other fields, or bytes and what each becomes.
+_Inside = dict[int, "_Inside | int"]
+_CONTENTS: _Inside = {6 << 3 | 2: 12, 7 << 3 | 2: 6, 8 << 3 | 2: 1}  # of FP32, FP64 and BYTES
+_TENSOR: _Inside = {5 << 3 | 2: _CONTENTS}
+_REQUEST: _Inside = {5 << 3 | 2: _TENSOR, 7 << 3 | 2: 1}  # inputs, and raw_input_contents
 
 
 def weigh(raw: bytes) -> int:
@@ -23,27 +24,25 @@ def weigh(raw: bytes) -> int:
 
     An empty tensor takes two bytes, and becomes an object of ninety.
     """
-    total = walked = 0
-    try:
-        for count, (key, start, end) in enumerate(_fields(raw, 0, len(raw))):
-            if count == MOST_FIELDS:
+    walked = 0
+
+    def walk(start: int, end: int, inside: _Inside) -> int:
+        nonlocal walked
+        total = 0
+        for count, (key, first, last) in enumerate(_fields(raw, start, end)):
+            if inside is _REQUEST and count == MOST_FIELDS:
                 raise BadRequest(f"the message has more than {MOST_FIELDS} fields")
-            if key != _INPUTS:
-                total += _OBJECT + (1 if key == _RAW else _GROWTH) * (end - start)
-                continue
-            for inner, begin, until in _fields(raw, start, end):
-                if inner != _CONTENTS:
-                    total += _OBJECT + _GROWTH * (until - begin)
-                    continue
-                for kind, first, last in _fields(raw, begin, until):
-                    if walked == _MOST_WALKED:
-                        total += _GROWTH * (until - first)
-                        break
-                    walked += 1
-                    total += _OBJECT + _GROWTHS.get(kind, _GROWTH) * (last - first)
+            if walked == _MOST_WALKED:
+                return total + _GROWTH * (end - first)
+            walked += 1
+            found = inside.get(key, _GROWTH)
+            total += _OBJECT + (found * (last - first) if isinstance(found, int) else walk(first, last, found))
+        return total
+
+    try:
+        return walk(0, len(raw), _REQUEST)
     except IndexError as error:
         raise BadRequest("the message is no ModelInferRequest: it ends too early") from error
-    return total
 
 
 def _fields(raw: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:

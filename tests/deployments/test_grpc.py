@@ -234,6 +234,9 @@ def test_a_message_counts_as_what_it_becomes() -> None:
         raw = message_class("ModelInferRequest")(inputs=[tensor]).SerializeToString()
         assert weight < weigh(raw) < weight + 2000
         assert weigh(raw + b"\x3a\xff\xff\xff\xff\x0f") > weight  # a length that is not there: refused later
+    sizes = b"\x18\x01" * 100_000  # a shape that is not packed: a field for each size
+    raw = b"\x2a\xc0\x9a\x0c" + sizes
+    assert weigh(raw) == 90 * 10_000 + 24 * (len(sizes) - 10_000), "no more of them are looked at one by one"
     photo.contents.bytes_contents.extend([b""] * 20_000)
     raw = message_class("ModelInferRequest")(inputs=[photo]).SerializeToString()
     assert weigh(raw) > 90 * 10_000 + 24 * 20_000
