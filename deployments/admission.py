@@ -101,10 +101,15 @@ class Held:
         admission.bytes += count
         self.bytes += count
 
-    def drop(self, count: int) -> None:
-        """Hold so many bytes less."""
-        self.admission.bytes -= count
-        self.bytes -= count
+    @contextmanager
+    def more(self, count: int) -> Iterator[None]:
+        """Hold more bytes until the end of the block; Overloaded where they are too many."""
+        self.add(count)
+        try:
+            yield
+        finally:
+            self.admission.bytes -= count
+            self.bytes -= count
 
     def grow_to(self, count: int) -> None:
         """Hold this many bytes in all, if they are more than now."""

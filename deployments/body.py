@@ -53,11 +53,8 @@ async def read_body(request: Request, limits: BodyLimits, held: Held, lead: int 
             f"the body was not there in time: within {limits.body_s:g} s (limits.body_s), or sooner where many arrive"
         ) from None
     if coding in _WINDOW_BITS:
-        held.add(limits.body_bytes)  # as much as it may become, while it does
-        try:
+        with held.more(limits.body_bytes):  # as much as it may become, while it does
             chunks = [await asyncio.to_thread(unpack, b"".join(chunks), coding, limits.body_bytes)]
-        finally:
-            held.drop(limits.body_bytes)
         held.grow_to(len(chunks[0]))
     return b"".join(chunks) if lead is None else _align(chunks, lead)
 

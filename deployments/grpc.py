@@ -159,12 +159,8 @@ async def infer(service: ModelService, raw: bytes) -> dict[str, Any]:
     if size > service.limits.body_bytes:
         raise BodyTooLarge(f"the message of {size} bytes is over the limit of {service.limits.body_bytes} bytes")
     with service.admission.hold_bytes(size) as held:
-        weight = weigh(raw)
-        held.add(weight)
-        try:
+        with held.more(weigh(raw)):  # what stays are arrays
             wanted, is_raw = await service.aside(size, _read, service, raw)
-        finally:
-            held.drop(weight)  # what stays are arrays
         outputs = await oip.run(service, wanted, wanted.timeout_s, held)
     reply: dict[str, Any] = {"model_name": service.name, "model_version": service.version, "id": wanted.id}
     return {**reply, **_write_outputs(wanted, outputs, raw=is_raw)}

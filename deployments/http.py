@@ -16,9 +16,10 @@ from starlette.routing import Route
 from deployments import oip, openai, openapi, torchserve
 from deployments.body import PACKED, pack, read_body
 from deployments.errors import BadRequest
-from deployments.keys import HEALTH_PATHS, Keys
+from deployments.keys import Keys
 from deployments.messages import weigh_json, write_answer
 from deployments.middleware import OWN_TIMEOUT, TIMEOUT
+from deployments.paths import HEALTH_PATHS, MODEL_PATHS
 from deployments.replies import Endpoint, guard, json_reply, make_starlette
 from deployments.servable import Encoder
 from deployments.service import ModelService
@@ -28,18 +29,17 @@ Handler = Callable[[ModelService, Request], Awaitable[Response]]
 
 def make_app(service: ModelService, keys: Keys | None = None) -> Starlette:
     """Return the ASGI application that answers for one model; without `keys` it lets everybody in."""
-    versions = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
     # Starlette tries them in this order, each in about 3 us: what is asked for most comes first.
     endpoints: list[tuple[str, str, Handler]] = [
-        *(("POST", f"{prefix}/infer", _infer) for prefix in versions),
+        *(("POST", f"{prefix}/infer", _infer) for prefix in MODEL_PATHS),
         ("POST PUT", "/predictions/{model}", _predict),  # PUT is what TorchServe's own `curl -T photo.jpg` sends
         ("POST PUT", "/predictions/{model}/{version}", _predict),
         ("POST", "/v1/embeddings", _embed),
         ("GET", "/ping", _ping),
         ("GET", "/v2/health/live", _live),
         ("GET", "/v2/health/ready", _ready),
-        *(("GET", f"{prefix}/ready", _model_ready) for prefix in versions),
-        *(("GET", prefix, _model_metadata) for prefix in versions),
+        *(("GET", f"{prefix}/ready", _model_ready) for prefix in MODEL_PATHS),
+        *(("GET", prefix, _model_metadata) for prefix in MODEL_PATHS),
         ("GET", "/v2", _server_metadata),
         ("GET", "/models", _list_models),
         ("GET", "/models/{model}", _describe_model),
@@ -165,12 +165,8 @@ async def _infer(service: ModelService, request: Request) -> Response:
     with service.admission.hold_bytes() as held:
         body = await read_body(request, service.limits, held, lead=length)
         as_json = body if length is None else body[:length]
-        weight = weigh_json(as_json)
-        held.add(weight)
-        try:
+        with held.more(weigh_json(as_json)):  # what stays are arrays
             wanted = await service.aside(len(as_json), oip.read_request, service, body, length)
-        finally:
-            held.drop(weight)  # what stays are arrays
         left = time_left(request, started)
         outputs = await oip.run(service, wanted, wanted.timeout_s if left is None else left, held)
         weight = oip.weigh_reply(wanted, outputs)

@@ -17,9 +17,6 @@ from optim.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 _SHORTEST = 16
-_MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-#: What answers over HTTP without a key where `auth.open_health` says so.
-HEALTH_PATHS = ("/ping", "/v2/health/live", "/v2/health/ready", *(f"{prefix}/ready" for prefix in _MODEL))
 
 
 def is_loopback(host: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from deployments import oip
 from deployments.datatypes import DATATYPES
-from deployments.keys import HEALTH_PATHS
+from deployments.paths import HEALTH_PATHS, MODEL_PATHS
 from deployments.servable import Encoder
 from deployments.service import ModelService
 
@@ -73,7 +73,7 @@ def describe(service: ModelService, root: str = "") -> Json:
     add("/v2", "get", "The server", _json(_object(name=_TEXT, version=_TEXT, extensions=_TEXTS)), (401,))
     add("/v2/health/live", "get", "Whether the server runs", _json(_object(live=_FLAG)), ())
     add("/v2/health/ready", "get", "Whether the model can answer", _json(_object(ready=_FLAG)), (503,))
-    for path in _MODEL:
+    for path in MODEL_PATHS:
         add(path, "get", "The model's inputs and outputs", _json(_METADATA), _LOOKUP)
         ready = _object(name=_TEXT, ready=_FLAG)
         add(f"{path}/ready", "get", "Whether the model can answer", _json(ready), (404, 503))
@@ -114,7 +114,6 @@ def _json(schema: Json) -> Json:
     return {"application/json": {"schema": schema}}
 
 
-_MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 _TIMEOUT: Json = {
     "name": "x-request-timeout-seconds",
     "in": "header",

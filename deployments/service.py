@@ -131,10 +131,7 @@ class ModelService:
     ) -> dict[str, torch.Tensor]:
         """Run tensors that have the batch dimension; BadRequest where names, dtypes or shapes are not the model's."""
         inputs = self._check_tensors(tensors)
-        try:
-            self.servable.check(inputs)
-        except ValueError as error:
-            raise BadRequest(str(error)) from error
+        self._check_values(inputs)
         size = measure(self._model.input_specs, inputs)
         if size is None:
             raise BadRequest("the inputs differ in their number of rows or their length, or have none")
@@ -177,12 +174,8 @@ class ModelService:
                             inputs = await self._on_host(read, payloads[index], blame_request=True)
                         except BadRequest as error:
                             raise BadRequest(f"{path}[{index}]: {error}") from error
-                        size = size_of(inputs)
-                        holding.add(size)
-                        try:
+                        with holding.more(size_of(inputs)):
                             found = flatten(await self._run(inputs, 1, deadline))[0]
-                        finally:
-                            holding.drop(size)
                         holding.add(size_of(tuple(found)))
                         return found
 
@@ -234,8 +227,14 @@ class ModelService:
 
     def _read(self, preprocess: Callable[[Any], Any], payload: Any) -> Inputs:
         inputs = self._add_batch_dim(preprocess(payload))
-        self.servable.check(inputs)
+        self._check_values(inputs)
         return self._pin(inputs)
+
+    def _check_values(self, inputs: Inputs) -> None:
+        try:
+            self.servable.check(inputs)
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
 
     def _pin(self, inputs: Inputs) -> Inputs:
         """Put inputs for a GPU into pinned memory, from which the model thread can copy without waiting."""
