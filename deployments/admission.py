@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -37,25 +38,14 @@ class Admission:
         self._max_arriving = max_arriving
         self._arriving: list[asyncio.Timeout] = []
 
-    @asynccontextmanager
-    async def receive(self, seconds: float) -> AsyncIterator[None]:
+    def receive(self, seconds: float) -> Arrival:
         """Bound how long a block waits for a body: TimeoutError after `seconds`, or sooner where many arrive at once.
 
         Ray Serve has given each request that sends a body one of the replica's places already, before any code of
         ours has seen it. So that slow senders cannot hold them all, the one that has been sending longest is cut off
         when another comes and `max_arriving` are.
         """
-        async with asyncio.timeout(seconds) as timer:
-            if len(self._arriving) >= self._max_arriving:
-                oldest = self._arriving.pop(0)
-                if not oldest.expired():
-                    oldest.reschedule(0)
-            self._arriving.append(timer)
-            try:
-                yield
-            finally:
-                if timer in self._arriving:
-                    self._arriving.remove(timer)
+        return Arrival(self._arriving, self._max_arriving, seconds)
 
     @contextmanager
     def hold_rows(self, rows: int) -> Iterator[None]:
@@ -68,15 +58,11 @@ class Admission:
         finally:
             self.rows -= rows
 
-    @contextmanager
-    def hold_bytes(self, count: int = 0) -> Iterator[Held]:
+    def hold_bytes(self, count: int = 0) -> Held:
         """Count bytes until the end of the block, those added in it too; Overloaded where they are too many."""
         held = Held(self)
-        try:
-            held.add(count)
-            yield held
-        finally:
-            self.bytes -= held.bytes
+        held.add(count)
+        return held
 
     def refuse(self, message: str) -> Overloaded:
         """Count a refusal and return it, to be raised."""
@@ -84,11 +70,42 @@ class Admission:
         return Overloaded(message, self._drain_s(self.rows))
 
 
+class Arrival:
+    """Bounds a block in which a body arrives (`Admission.receive`); `arriving` are those of others, oldest first."""
+
+    def __init__(self, arriving: list[asyncio.Timeout], most: int, seconds: float) -> None:
+        self._arriving = arriving
+        self._most = most
+        self._timer = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> None:
+        await self._timer.__aenter__()
+        if len(self._arriving) >= self._most:
+            oldest = self._arriving.pop(0)
+            if not oldest.expired():
+                oldest.reschedule(0)
+        self._arriving.append(self._timer)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer in self._arriving:
+            self._arriving.remove(self._timer)
+        await self._timer.__aexit__(kind, error, trace)
+
+
 class Held:
-    """The bytes that one request holds."""
+    """The bytes that one request holds, until the end of a block."""
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
+        self.bytes = 0
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        self.admission.bytes -= self.bytes
         self.bytes = 0
 
     def add(self, count: int) -> None:
@@ -122,14 +139,14 @@ def size_of(value: Any) -> int:
 
     Lists count as nothing: the body that they came from was counted.
     """
+    if isinstance(value, tuple):
+        return sum(map(size_of, value))
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
     if isinstance(value, bytes | bytearray | str):
         return len(value)
     if isinstance(value, memoryview | np.ndarray):
         return value.nbytes
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
     if isinstance(value, dict):
         return sum(map(size_of, value.values()))
-    if isinstance(value, tuple):
-        return sum(map(size_of, value))
     return 0

@@ -132,7 +132,8 @@ def from_bytes(path: str, raw: memoryview, kind: str, shape: Sequence[int]) -> A
     array = _reshape(path, np.frombuffer(raw, NUMPY_TYPES.get(kind, np.int16)), shape)
     if kind == "BOOL" and array.size and int(array.view(np.uint8).max()) > 1:
         raise BadRequest(f"{path}: bytes of BOOL are 0 or 1")
-    array = np.require(array, requirements=("A", "W"))
+    if not (array.flags.aligned and array.flags.writeable):
+        array = array.copy()
     return torch.from_numpy(array).view(torch.bfloat16) if kind == "BF16" else array
 
 

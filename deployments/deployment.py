@@ -125,22 +125,19 @@ class ModelReplica(InferenceServicer):
         """Run one request; a caller that goes away takes it out of the queue."""
         work = Work(inputs, rows, deadline)
         try:
-            future = await self._enter_batch(work)
-            # The future carries the request's own error: an exception in the batch's result list would be returned.
-            return await asyncio.wrap_future(future)
+            await self._enter_batch(work)
+            return await work.wait()
         finally:
             work.future.cancel()
 
-    async def _run_batch(self, works: list[Work]) -> list[Any]:
-        """Hand what arrived together to the model thread; each request then waits for its own future."""
-        return [self._submit(work) for work in works]
-
-    def _submit(self, work: Work) -> Any:
-        try:
-            return self._thread.submit(work)
-        except Exception as error:  # one refusal must not fail the batch
-            fail(work.future, error)
-            return work.future
+    async def _run_batch(self, works: list[Work]) -> list[None]:
+        """Hand what arrived together to the model thread; each request then waits for its own outcome."""
+        for work in works:
+            try:
+                self._thread.submit(work)
+            except Exception as error:  # one refusal must not fail the batch
+                fail(work.future, error)
+        return [None] * len(works)
 
     def _seconds_to_drain(self, rows: int) -> int:
         """Return whole seconds until so many rows will have run, by the measured cost of the largest bucket."""

@@ -118,7 +118,7 @@ def _read_raw(service: ModelService, raw: memoryview) -> InferRequest:
 
 def parse_request(message: Any, raw: memoryview) -> InferRequest:
     """Check an infer request and turn its data, and the binary data behind it, into arrays."""
-    if not isinstance(message, Mapping):
+    if not isinstance(message, dict):
         raise BadRequest("the body must be a JSON object")
     identity = message.get("id")
     if identity is not None and not isinstance(identity, str):
@@ -163,7 +163,7 @@ def take_payloads(tensors: dict[str, Any], kinds: Mapping[str, str]) -> list[Any
 
 def _parse_tensor(path: str, tensor: Any, raw: memoryview) -> tuple[str, str, Any, memoryview]:
     """Return an input's name, datatype and value, and the binary data that is left for the others."""
-    if not isinstance(tensor, Mapping):
+    if not isinstance(tensor, dict):
         raise BadRequest(f"{path}: an object is needed")
     name = tensor.get("name")
     if not isinstance(name, str):
@@ -186,7 +186,7 @@ def _parse_tensor(path: str, tensor: Any, raw: memoryview) -> tuple[str, str, An
 
 
 def _parse_outputs(given: Any, binary: bool) -> dict[str, bool]:
-    if not isinstance(given, list) or not all(isinstance(o, Mapping) and isinstance(o.get("name"), str) for o in given):
+    if not isinstance(given, list) or not all(isinstance(o, dict) and isinstance(o.get("name"), str) for o in given):
         raise BadRequest("outputs: a list of objects with a name is needed")
     outputs = {}
     for index, output in enumerate(given):
@@ -199,7 +199,7 @@ def read_parameters(path: str, given: Any) -> Mapping[str, Any]:
     """Return parameters of a request, of a tensor or of an output; Unsupported for those of Triton's own extensions."""
     if given is None:
         return {}
-    if not isinstance(given, Mapping):
+    if not isinstance(given, dict):
         raise BadRequest(f"{path}: an object is needed")
     for name in _UNSUPPORTED:
         if given.get(name):

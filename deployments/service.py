@@ -7,9 +7,9 @@ import logging
 import struct
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,9 +18,9 @@ import torch
 
 from deployments.admission import Admission, Held, size_of
 from deployments.args import LimitsArgs, ModelArgs
+from deployments.deadline import Deadline
 from deployments.errors import (
     BadRequest,
-    DeadlineExceeded,
     ModelFailed,
     ModelNotFound,
     NotReady,
@@ -110,8 +110,8 @@ class ModelService:
         DeadlineExceeded where that takes longer than `timeout_s` (or the configured time); `held` are the bytes that
         are counted for it already.
         """
-        async with self._deadline(timeout_s) as deadline:
-            with self.admission.hold_rows(1), self._hold(held) as holding:
+        async with Deadline(self._seconds(timeout_s), self._count) as deadline:
+            with self.admission.hold_rows(1), self._held(held) as holding:
                 holding.grow_to(size_of(payload))
                 read = partial(self._read, self.servable.preprocess)
                 inputs = await self._on_host(read, payload, blame_request=True)
@@ -137,8 +137,8 @@ class ModelService:
             raise BadRequest("the inputs differ in their number of rows or their length, or have none")
         if size[0] > self.limits.rows:
             raise BadRequest(f"{size[0]} rows in one request; at most {self.limits.rows} are allowed (limits.rows)")
-        async with self._deadline(timeout_s) as deadline:
-            with self.admission.hold_rows(size[0]), self._hold(held) as holding:
+        async with Deadline(self._seconds(timeout_s), self._count) as deadline:
+            with self.admission.hold_rows(size[0]), self._held(held) as holding:
                 holding.add(size_of(inputs))
                 output = await self._run(self._pin(inputs), size[0], deadline)
         return self._name_outputs(flatten(output)[0])
@@ -165,8 +165,8 @@ class ModelService:
         window = min(len(payloads), 2 * max(self.args.batching.batch_sizes), max(1, self.admission.max_rows // 4))
         gate = asyncio.Semaphore(window)
         read = partial(self._read, preprocess or self.servable.preprocess)
-        async with self._deadline(timeout_s) as deadline:
-            with self.admission.hold_rows(window), self._hold(held) as holding:
+        async with Deadline(self._seconds(timeout_s), self._count) as deadline:
+            with self.admission.hold_rows(window), self._held(held) as holding:
 
                 async def run(index: int) -> Any:
                     async with gate:
@@ -197,33 +197,13 @@ class ModelService:
         names = [info.name for info in self.outputs] or [f"output_{i}" for i in range(len(found))]
         return dict(zip(names, found, strict=True))
 
-    @asynccontextmanager
-    async def _deadline(self, timeout_s: float | None) -> AsyncIterator[float | None]:
-        """Bound a block by the caller's time or the configured one, and count how it ends; yield the deadline."""
-        seconds = self.limits.timeout_s if timeout_s is None else timeout_s
-        if seconds is not None and seconds <= 0:
-            self._count("deadline")
-            raise DeadlineExceeded("the deadline has passed")
-        try:
-            async with asyncio.timeout(seconds):
-                yield None if seconds is None else time.monotonic() + seconds
-        except (TimeoutError, DeadlineExceeded):
-            self._count("deadline")
-            raise DeadlineExceeded(f"no answer in time: the deadline was {seconds:.3g} s away") from None
-        except asyncio.CancelledError:
-            self._count("gone")
-            raise
-        except ModelFailed:
-            self._count("failed")
-            raise
+    def _seconds(self, timeout_s: float | None) -> float | None:
+        """Return the time of a request: the caller's, else the configured one."""
+        return self.limits.timeout_s if timeout_s is None else timeout_s
 
-    @contextmanager
-    def _hold(self, held: Held | None) -> Iterator[Held]:
-        if held is not None:
-            yield held
-        else:
-            with self.admission.hold_bytes() as own:
-                yield own
+    def _held(self, held: Held | None) -> AbstractContextManager[Held]:
+        """Return the bytes of a request for a block: those that its caller holds, else some of its own."""
+        return self.admission.hold_bytes() if held is None else nullcontext(held)
 
     def _read(self, preprocess: Callable[[Any], Any], payload: Any) -> Inputs:
         inputs = self._add_batch_dim(preprocess(payload))
@@ -249,7 +229,7 @@ class ModelService:
         inputs = []
         for info, spec in zip(self.inputs, self._model.input_specs, strict=True):
             value = tensors[info.name]
-            tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.require(value, None, "C"))
+            tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value, order="C"))
             if not spec.fits(tensor):
                 raise misfit(info, info.shape, tensor)
             inputs.append(tensor)

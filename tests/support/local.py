@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +38,9 @@ def serve_locally(args: dict[str, Any]) -> Iterator[ModelService]:
         thread.model = model  # type: ignore[attr-defined]
 
     async def run(inputs: Inputs, rows: int, deadline: float | None) -> Any:
-        return await asyncio.wrap_future(thread.submit(Work(inputs, rows, deadline)))
+        work = Work(inputs, rows, deadline)
+        thread.submit(work)
+        return await work.wait()
 
     thread.call(load).result()
     with make_host_pool() as pool:
