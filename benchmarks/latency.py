@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import torch
 
 from benchmarks.baselines import SERVABLES
 from benchmarks.hop import NOTHING
-from benchmarks.load import Load, closed_loop
+from benchmarks.load import Load, closed_loop, deal
 from benchmarks.machine import describe_machine
 from benchmarks.servers import PORT, serve_run
 from benchmarks.workloads import Workload, make_payloads
@@ -50,11 +49,12 @@ def call_directly(workload: str, threads: int, budget_s: float, seconds: float) 
     args = ModelArgs.parse(model_args(workload, threads, budget_s))
     servable = args.make_servable()
     model = compile_servable(servable, args, "cpu", threads)
-    payloads, dice = make_payloads(workload), random.Random(0)
+    payloads = make_payloads(workload)
+    cards = deal(len(payloads))
     parts: dict[str, list[float]] = {"read": [], "model": [], "answer": [], "all": []}
     end = time.perf_counter() + seconds
     while (begin := time.perf_counter()) < end:
-        row = servable.preprocess(dice.choice(payloads))
+        row = servable.preprocess(payloads[next(cards)])
         read = time.perf_counter()
         output = model(*(t.unsqueeze(0) for t in (row if isinstance(row, tuple) else (row,))))
         ran = time.perf_counter()

@@ -8,7 +8,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,18 +75,30 @@ class _Client:
         self._connection.close()
 
 
+def deal(count: int) -> Iterator[int]:
+    """Yield the numbers below `count` without end, shuffled, none a second time before all the others.
+
+    A few hundred texts of 5 to 200 tokens that are drawn each by itself have medians that differ by a tenth (issue 4).
+    """
+    dice = random.Random(0)
+    while True:
+        yield from dice.sample(range(count), count)
+
+
 def closed_loop(port: int, path: str, payloads: Sequence[bytes], check: Check, clients: int, seconds: float) -> Load:
     """Let each client ask again as soon as it has its answer."""
-    load = Load(seconds)
+    load, cards, lock = Load(seconds), deal(len(payloads)), threading.Lock()
     end = time.perf_counter() + seconds
 
-    def run(number: int) -> None:
-        client, dice = _Client(port, path, payloads, check, load), random.Random(number)
+    def run() -> None:
+        client = _Client(port, path, payloads, check, load)
         while (begin := time.perf_counter()) < end:
-            client.ask(dice.randrange(len(payloads)), begin)
+            with lock:
+                index = next(cards)
+            client.ask(index, begin)
         client.close()
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
+    threads = [threading.Thread(target=run) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -107,7 +119,7 @@ def open_loop(
 
     Ends after some seconds or as soon as `stop` is set, and waits for the answers.
     """
-    load, dice = Load(seconds), random.Random(7)
+    load, cards, dice = Load(seconds), deal(len(payloads)), random.Random(7)
     waiting: queue.SimpleQueue[tuple[int, float] | None] = queue.SimpleQueue()
 
     def run() -> None:
@@ -124,7 +136,7 @@ def open_loop(
         time.sleep(max(due - time.perf_counter(), 0))
         if stop is not None and stop.is_set():
             break
-        waiting.put((dice.randrange(len(payloads)), due))
+        waiting.put((next(cards), due))
     for _ in threads:
         waiting.put(None)
     for thread in threads:
