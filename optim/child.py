@@ -55,6 +55,7 @@ def pack(folder: Path, job: EngineJob, reference: Reference, names: Sequence[str
         "buckets": tuple(job.samples),
         "config": job.config,
         "phase": job.phase,
+        "state": job.state,
         "threads": torch.get_num_threads(),
         "backends": _registered(names),
         "more": more,
@@ -77,7 +78,11 @@ def unpack(folder: Path) -> Carried:
             torch._dynamo.register_backend(backend, name=name)
     device = torch.device("cpu")
     reference = Reference(
-        data["module"], lambda rows, length: examples[Bucket(rows, length or 0)], data["buckets"], device
+        data["module"],
+        lambda rows, length: examples[Bucket(rows, length or 0)],
+        data["buckets"],
+        device,
+        data["state"],
     )
     return Carried(
         EngineJob.of(data["module"], data["config"], reference, device, data["phase"]), reference, data["more"]

@@ -72,7 +72,10 @@ def choose(
     exchange = Exchange(cache, key, [*shares, *_open_uri(job, report)], report)
     todo = PutOff(cache, key, made_for, exchange, streams, streams_must_pay)
     if job.config.compile.when == "background":
-        if job.info.device.type == "cpu":
+        if job.state:
+            outcome = None
+            _not_put_off(report, "another process would not have its state")
+        elif job.info.device.type == "cpu":
             outcome = _start_at_once(start, todo, job, reference, report)
         else:
             outcome = None
@@ -209,7 +212,7 @@ def _open_uri(job: EngineJob, report: CompileReport) -> list[Share]:
 def _describe(job: EngineJob, streams: int, report: CompileReport) -> dict[str, Any] | None:
     """Return what decides the result, or None with a note for a module that cannot be described."""
     try:
-        return {**describe_job(job, streams), "weights": hash_weights(job.module)}
+        return {**describe_job(job, streams), "weights": hash_weights(job.module, job.state)}
     except Exception as error:  # modules and tensors of all kinds
         if is_device_error(error):
             raise

@@ -41,6 +41,7 @@ def compile_model(
     device: str | torch.device | None = None,
     phase: str = "forward",
     streams: int | None = 1,
+    state: Sequence[str] = (),
     shares: Sequence[Share] = (),
 ) -> CompiledModel:
     """Compile a module for declared shapes and return a callable that is right, and never slower than eager.
@@ -50,7 +51,9 @@ def compile_model(
     left out, but for the smallest batch size. `config` is a Pt2Config or any form that `Pt2Config.parse` reads.
     `device` is where the model shall run; default CUDA where there is one. `phase` says what a call is (`forward`,
     `prefill`, `decode`), for the attention kernels. On a CPU, `streams` is how many calls may be made at a time,
-    each on its share of the threads (`CompiledModel.streams`); None is as many as were measured to pay. `shares` are
+    each on its share of the threads (`CompiledModel.streams`); None is as many as were measured to pay. `state` names
+    buffers that calls change, such as a static cache, which is left filled with zeros: a second call with the same
+    inputs must change nothing more, and there are no streams, and nothing is put off. `shares` are
     where plans of other machines are found, beside `pt2.cache.uri`. The module is moved to the device and put in eval
     mode. With `compile.when: background` the model answers eager until `CompiledModel.background` has run. Call from
     the thread that will run the model, with its thread count set.
@@ -62,7 +65,7 @@ def compile_model(
     grid = make_grid(batch_sizes, lengths, token_budget)
     where = pick_device(device)
     check_phase(phase)
-    stream_count = check_streams(streams, torch.get_num_threads()) if where.type == "cpu" else 1
+    stream_count = check_streams(streams, torch.get_num_threads()) if where.type == "cpu" and not state else 1
     started = time.perf_counter()
     report = CompileReport(torch.__version__, {}, config.to_dict(), phase=phase, attention=kernel_of(config, phase))
     if note := ensure_cache_folder():
@@ -71,13 +74,14 @@ def compile_model(
     if module.training:
         _put_in_eval_mode(module, report)
     with torch.no_grad():
-        reference = Reference(module, example, grid, where)
+        reference = Reference(module, example, grid, where, state)
         job = EngineJob.of(module, config, reference, where, phase)
         report.device = job.info.to_dict()
         report.padding = reference.rows_are_independent
         report.seconds["eager"] = round(time.perf_counter() - started, 3)
         found = choose(job, reference, report, stream_count, shares, streams_must_pay=streams is None)
         report.notes += reference.notes  # now, since verification adds to them
+    reference.state.clear()
     _give_memory_back()
     report.seconds["total"] = round(time.perf_counter() - started, 3)
     model = CompiledModel(

@@ -10,7 +10,7 @@ import platform
 import sys
 import sysconfig
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
         },
         "config": config,
         "phase": job.phase,
+        "state": list(job.state),
         "examples": {str(b): [[str(t.dtype), list(t.shape)] for t in job.samples[b]] for b in sorted(job.samples)},
         "module": _structure(job.module),
     }
@@ -50,10 +51,12 @@ def key_of(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def hash_weights(module: nn.Module) -> str:
-    """Return the hash of all parameters' and buffers' values."""
+def hash_weights(module: nn.Module, state: Sequence[str] = ()) -> str:
+    """Return the hash of all parameters' and buffers' values, but for those of its state."""
     found = hashlib.sha256()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name in state:
+            continue
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from optim.buckets import Bucket
-from optim.errors import ConfigError, ModelError, describe, is_device_error
+from optim.errors import ConfigError, ModelError, describe, is_device_error, is_out_of_memory
 from optim.shapes import Example, Inputs, TensorSpec, cut, make_specs, normalize, pad, take_rows
+from optim.state import State
 from optim.tree import Rebuild, flatten, tensors_of
 from optim.values import reads_values
-from optim.verify import Mismatch, compare, other_data
+from optim.verify import Difference, Mismatch, compare, other_data
 
 
 class Reference:
@@ -24,11 +26,22 @@ class Reference:
     it changes its own state, or its outputs cannot be taken apart. Raises ModelError where the module fails.
     """
 
-    def __init__(self, module: nn.Module, example: Example, grid: tuple[Bucket, ...], device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        example: Example,
+        grid: tuple[Bucket, ...],
+        device: torch.device,
+        state: Sequence[str] = (),
+    ) -> None:
         self._module = module
+        #: What calls may change.
+        self.state = State(module, state)
         self._example = example
         self._device = device
         self._exact_module: nn.Module | None = None
+        self._start: list[torch.Tensor] = []
+        self._end: list[torch.Tensor] = []
         self._exact_failed = False
         self.notes: list[str] = []
         self.obstacle: str | None = None
@@ -47,11 +60,13 @@ class Reference:
         #: The operators by which the module looks at tensor values in Python.
         self.value_reads = () if self.obstacle else tuple(reads_values(module, self.samples[min(grid)]))
         self.rows_are_independent = self._find_specs(min(grid)) and self._padding_is_harmless()
+        self.state.clear()
 
     def of_copy(self, module: nn.Module, *, probes: bool = False) -> Reference:
         """Return the same of a copy of the module, for another thread; it knows the examples that `record` returns."""
         other, seen = copy.copy(self), self.record(probes=probes)
         other._module, other._exact_module, other.notes = module, None, []
+        other.state = State(module, self.state.names)
         other._example = lambda rows, length: seen[Bucket(rows, length or 0)]
         other._seen, other._probed = dict(seen), dict(self._probed)
         return other
@@ -59,6 +74,31 @@ class Reference:
     def run(self, inputs: Inputs) -> Any:
         """Return the module's eager outputs."""
         return self._module(*inputs)
+
+    def expect(self, inputs: Inputs) -> Any:
+        """Return the module's eager outputs, and remember what it did to its state, which is then as it was before.
+
+        Where there is a state, it has other values than ever before. `check_state` holds it against eager's.
+        """
+        if not self.state:
+            return self.run(inputs)
+        self.state.fill()
+        self._start = self.state.take()
+        outputs = self.run(inputs)
+        self._end = self.state.take()
+        self.state.put(self._start)
+        return outputs
+
+    def check_state(self, inputs: Inputs, tolerance: float | None) -> Difference:
+        """Hold the state against what eager made of it in the last `expect`, of the same inputs; Mismatch otherwise."""
+
+        @cache  # several buffers may need it
+        def exact() -> list[torch.Tensor] | None:
+            if self.exact(inputs)() is None or self._exact_module is None:
+                return None
+            return State(self._exact_module, self.state.names).take()
+
+        return self.state.compare(self._end, tolerance, exact)
 
     def check_eager(self, bucket: Bucket) -> None:
         """Raise ModelError where the module fails on the bucket's example in eager mode."""
@@ -78,7 +118,7 @@ class Reference:
 
         The others are the example's values shuffled and, where there are lengths, a shorter example padded.
         """
-        yield self.samples[bucket], self.run(self.samples[bucket])
+        yield self.samples[bucket], self.expect(self.samples[bucket])
         makers: list[tuple[str, Callable[[], Inputs]]] = [("shuffled data", lambda: other_data(self.samples[bucket]))]
         if bucket.length > 1 and self.rows_are_independent:
             # A mask of ones alone would not show that the compiled code heeds it.
@@ -86,7 +126,7 @@ class Reference:
         for what, make in makers:
             try:
                 inputs = make()
-                outputs = self.run(inputs)
+                outputs = self.expect(inputs)
             except Exception as error:  # neither needs to be a valid request
                 if is_device_error(error):
                     raise
@@ -101,7 +141,11 @@ class Reference:
         return pad(self.input_specs, short, bucket.batch_size, bucket.length)
 
     def exact(self, inputs: Inputs) -> Callable[[], Any]:
-        """Return a function that computes the outputs in float64, or None where the module has no float64 form."""
+        """Return a function that computes the outputs in float64, or None where the module has no float64 form.
+
+        Where there is a state, it starts from what `expect` last began with.
+        """
+        start = self._start
 
         def compute() -> Any:
             if self._exact_failed:
@@ -109,11 +153,12 @@ class Reference:
             try:
                 if self._exact_module is None:
                     self._exact_module = copy.deepcopy(self._module).double()
+                State(self._exact_module, self.state.names).put(start)
                 return self._exact_module(*(t.double() if t.is_floating_point() else t for t in inputs))
             except Exception as error:
-                if is_device_error(error):
+                if is_device_error(error) and not is_out_of_memory(error):
                     raise
-                self._exact_failed = True
+                self._exact_failed, self._exact_module = True, None
                 self.notes.append(f"no float64 reference: {': '.join(describe(error, 300))}")
                 return None
 
@@ -175,7 +220,9 @@ class Reference:
         first, second = self.run(inputs), self.run(inputs)
         if [t._version for t in inputs] != versions:
             return "the module changes its inputs"
-        changed = [name for name, version in before.items() if state[name]._version != version]
+        changed = [
+            name for name, version in before.items() if state[name]._version != version and name not in self.state.names
+        ]
         if changed:
             return f"the module changes its own state when called ({', '.join(changed[:3])})"
         try:

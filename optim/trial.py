@@ -55,6 +55,8 @@ class Trial:
         try:
             if engine.needs_dynamo and stuck_calls():
                 raise Unavailable(f"an earlier compilation hangs and holds Dynamo's lock ({stuck_calls()[0]})")
+            if engine.job.state and not engine.keeps_state:
+                raise Unavailable(f"it would take the module's state for constants ({', '.join(engine.job.state[:3])})")
             engine.preflight()
             stage = "build"
             self._bounded(self._build, f"{engine.name}: build")
@@ -150,20 +152,21 @@ class Trial:
         """Compare with eager on the example and on other data; return the larger difference."""
         found = Difference()
         allowed = tolerance(self.engine.job.config)
-        first: tuple[Any, Any] | None = None
-        probes = ((inputs, self.reference.run(inputs)) for group in self._probes(bucket) for inputs in group)
+        first: tuple[Any, Any, Callable[[], Any]] | None = None
+        probes = ((inputs, self.reference.expect(inputs)) for group in self._probes(bucket) for inputs in group)
         data = chain(self.reference.data(bucket), probes)
         for inputs, expected in data if self.is_thorough else islice(data, 1):
             exact = self.reference.exact(inputs)
             kept = [t.clone() for t in inputs]
             output = run(*inputs)
             found = found.worst(compare(output, expected, allowed, exact))
+            found = found.worst(self.reference.check_state(inputs, allowed))
             if not all(map(torch.equal, kept, inputs)):
                 raise Mismatch("the compiled code changes its inputs, eager does not")
-            first = first or (output, expected)
+            first = first or (output, expected, exact)
         if first is not None and not self.engine.reuses_outputs:
             try:
-                compare(*first, allowed, self.reference.exact(self.reference.samples[bucket]))
+                compare(first[0], first[1], allowed, first[2])
             except Mismatch as error:
                 raise Mismatch(f"the output of one call is overwritten by the next: {error}") from error
         return found

@@ -43,6 +43,8 @@ class EngineJob:
     """What a call of the module is: `forward`, `prefill` or `decode`; decides its attention kernels."""
     kept: Path | None = None
     """Where `Engine.save` of an earlier build of the same module may have left something, by the engine's name."""
+    state: tuple[str, ...] = ()
+    """The buffers that calls change."""
     streams: int = 1
     """How many calls are made at a time, each on as many threads as torch has while code is built."""
 
@@ -61,6 +63,7 @@ class EngineJob:
             reference.rebuild,
             reference.value_reads,
             phase,
+            state=reference.state.names,
         )
 
     @property
@@ -90,6 +93,8 @@ class Engine:
     takes_any_size = False
     #: What `compile` returns may be called by several threads at a time.
     takes_calls_at_once = False
+    #: The module's declared state is read and written where it lies.
+    keeps_state = False
 
     def __init__(self, job: EngineJob) -> None:
         self.job = job

@@ -18,6 +18,7 @@ class EagerEngine(Engine):
     """Runs the module as it is."""
 
     name = "eager"
+    keeps_state = True
 
     def compile(self, bucket: Bucket) -> Runner:
         """Return the module."""

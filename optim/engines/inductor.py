@@ -55,6 +55,7 @@ class TorchCompileEngine(Engine):
         self.reuses_outputs = self._on_cuda and (
             bool(self._options.get("triton.cudagraphs")) or backend == "cudagraphs"
         )
+        self.keeps_state = backend == "inductor" and prepare is None
         self._run: Runner | None = None
         self._before = count_compilations()
 

@@ -171,3 +171,32 @@ def test_an_output_survives_the_next_replay() -> None:
 def test_a_second_thread_is_refused() -> None:
     model = compile_model(models.Mlp(), models.features, GRAPHS, batch_sizes=(4,), device="cuda")
     assert "belong to the thread" in str(error_in_another_thread(lambda: model(*models.features(4))))
+
+
+def test_a_declared_state_is_read_and_written_by_cuda_graphs() -> None:
+    class Memory(nn.Module):
+        slots: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("slots", torch.zeros(4, 8), persistent=False)
+
+        def forward(self, value: torch.Tensor, slot: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+            self.slots[slot, place] = 2 * value
+            found: torch.Tensor = self.slots[slot].sum(-1)
+            return found
+
+    def example(rows: int, length: int | None) -> tuple[torch.Tensor, ...]:
+        return torch.arange(1.0, rows + 1), torch.arange(rows), torch.arange(rows) + 2
+
+    module = Memory()
+    model = compile_model(module, example, GRAPHS, batch_sizes=(1, 2), state=["slots"])
+    assert {row.engine for row in model.report.buckets} == {"inductor"}
+    assert not any("CUDA graphs" in note for note in model.report.notes), model.report.notes
+    assert not module.slots.any()
+    first = model(torch.tensor([3.0]), torch.tensor([1]), torch.tensor([0])).tolist()
+    second = model(torch.tensor([4.0, 5.0]), torch.tensor([1, 3]), torch.tensor([1, 1])).tolist()
+    assert (first, second) == ([6.0], [14.0, 10.0])
+    assert module.slots[1, :2].tolist() == [6.0, 8.0]
+    after = model.report.after_ready
+    assert (after.compilations, after.graph_recordings) == (0, 0)
