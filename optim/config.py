@@ -25,6 +25,7 @@ OWN_BACKENDS = (
     "openvino",
     "onnxruntime",
     "inductor-default",
+    "inductor-onednn",
     "inductor-unfrozen",
     "inductor-max-autotune",
     "aot",

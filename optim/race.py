@@ -27,8 +27,8 @@ CLOSE = 1.15
 HOPELESS = 1.3
 
 #: Variants of Inductor: not tried where it was itself this much slower than the best, since they differ by less
-#: (EfficientNet-Lite0: unfrozen 1.2 to 1.4 times as slow as frozen; max-autotune changes matrix products alone).
-VARIANTS = ("inductor-unfrozen", "inductor-max-autotune")
+#: (EfficientNet-Lite0: unfrozen 1.2 to 1.4 times as slow as frozen; the others change matrix products alone).
+VARIANTS = ("inductor-onednn", "inductor-unfrozen", "inductor-max-autotune")
 FAR_BEHIND = 1.5
 
 #: Simplest first: what breaks a tie. Eager is nothing added; then what torch itself brings, then single packages.
@@ -37,6 +37,7 @@ SIMPLICITY = (
     "channels_last",
     "inductor",
     "inductor-default",
+    "inductor-onednn",
     "inductor-unfrozen",
     "inductor-max-autotune",
     "aot",

@@ -12,6 +12,7 @@ from optim.engines.base import Engine, EngineJob
 from optim.engines.eager import ChannelsLastEngine
 from optim.engines.inductor import TorchCompileEngine
 from optim.engines.ipex import IpexEngine, optimize
+from optim.engines.onednn import OneDnnEngine
 from optim.engines.onnxruntime import OnnxRuntimeEngine
 from optim.engines.openvino import OpenVinoEngine
 
@@ -22,6 +23,7 @@ _MAKERS: Mapping[str, Callable[[EngineJob], Engine]] = MappingProxyType(
         "inductor": TorchCompileEngine,
         # Inductor without CUDA graphs; on a CPU the same as `inductor`.
         "inductor-default": lambda job: TorchCompileEngine(job, name="inductor-default", mode="default"),
+        "inductor-onednn": OneDnnEngine,
         "inductor-unfrozen": lambda job: TorchCompileEngine(job, name="inductor-unfrozen", freeze=False),
         "inductor-max-autotune": lambda job: TorchCompileEngine(job, name="inductor-max-autotune", mode="max-autotune"),
         "ipex": IpexEngine,
@@ -40,6 +42,7 @@ _CPU_ORDER = (
     "ipex",
     "channels_last",
     "inductor",
+    "inductor-onednn",
     "ipex-compile",
     "inductor-unfrozen",
     "inductor-max-autotune",
@@ -100,7 +103,7 @@ def _all_engines(job: EngineJob, *, on_cpu: bool) -> list[str]:
         name
         for name in (_CPU_ORDER if on_cpu else _GPU_ORDER)
         if (name not in needs or capabilities[needs[name]].available)
-        and (name != "inductor-unfrozen" or job.config.compile.freeze)
+        and (name not in ("inductor-onednn", "inductor-unfrozen") or job.config.compile.freeze)
     ]
     others = {entry.name for entry in importlib.metadata.entry_points(group="torch_dynamo_backends")}
     return [*names, *sorted(others - {*_MAKERS, "tensorrt", "torch_tensorrt"})]
