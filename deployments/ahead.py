@@ -18,7 +18,8 @@ import yaml
 from deployments.args import ModelArgs
 from deployments.check import OUR_BUILDER
 from deployments.check import main as check
-from deployments.compile import compile_servable, resources
+from deployments.compile import compile_all, resources
+from optim.report import CompileReport
 
 
 def _models(config: Mapping[str, Any]) -> Iterator[tuple[ModelArgs, str, int]]:
@@ -32,6 +33,20 @@ def _models(config: Mapping[str, Any]) -> Iterator[tuple[ModelArgs, str, int]]:
             yield args, *resources(args, options.get("num_cpus", 1), options.get("num_gpus", 0))
 
 
+def _tell(name: str, report: CompileReport) -> bool:
+    """Print what a replica will find; return whether that is in the cache."""
+    spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in report.seconds.items())
+    if report.cache is None:
+        print(f"{name}: nothing is kept; notes: {'; '.join(report.notes) or 'none'}", file=sys.stderr)
+        return False
+    how = "was there already" if report.start == "warm" else "is there now"
+    print(f"{name}: {report.cache} {how} ({spent} s); a replica verifies:")
+    for bucket in report.buckets:
+        beside = f", {bucket.stream_ms:.2f} ms on a stream" if bucket.stream_ms else ""
+        print(f"  bucket {bucket.bucket}: {bucket.engine}, {bucket.ms:.2f} ms{beside}")
+    return True
+
+
 def main(arguments: list[str]) -> int:
     """Compile every model of the files named; return 0 where replicas will find all of them in the cache."""
     files = arguments or ["serve_config.yaml"]
@@ -42,19 +57,11 @@ def main(arguments: list[str]) -> int:
     for args, device, threads in (m for name in files for m in _models(yaml.safe_load(Path(name).read_text()))):
         print(f"{args.name}: {device}, {threads} threads", flush=True)
         # What compiles in the background there finds the same.
-        model = compile_servable(args.make_servable(), replace(args, pt2=args.pt2.at_start()), device, threads)
-        report = model.report
-        spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in report.seconds.items())
-        if report.cache is None:
-            print(f"{args.name}: nothing is kept; notes: {'; '.join(report.notes) or 'none'}", file=sys.stderr)
-            status = 1
-        else:
-            how = "was there already" if report.start == "warm" else "is there now"
-            print(f"{args.name}: {report.cache} {how} ({spent} s); a replica verifies:")
-            for bucket in report.buckets:
-                beside = f", {bucket.stream_ms:.2f} ms on a stream" if bucket.stream_ms else ""
-                print(f"  bucket {bucket.bucket}: {bucket.engine}, {bucket.ms:.2f} ms{beside}")
-        del model, report
+        models = compile_all(args.make_model(), replace(args, pt2=args.pt2.at_start()), device, threads)
+        for name, model in models.items():
+            if not _tell(f"{args.name}{name and f', {name}'}", model.report):
+                status = 1
+        del models, model
         gc.collect()
     return status
 

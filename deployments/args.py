@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from deployments.servable import Servable
+from deployments.servable import Model, Servable
 from optim.buckets import make_grid
 from optim.config import Pt2Config
 from optim.errors import ConfigError, describe
@@ -99,7 +99,7 @@ class ModelArgs:
     """One served model: the `args` of one application."""
 
     model: str
-    """Import path of the Servable: `package.module:Class`. Required."""
+    """Import path of the Servable, or TextGenerator: `package.module:Class`. Required."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of its constructor. Default none."""
     name: str | None = None
@@ -123,16 +123,17 @@ class ModelArgs:
         if not isinstance(args, Mapping):
             raise ConfigError("args", args, "use a mapping with at least `model: package.module:Class`")
         if "model" not in args:
-            raise ConfigError("args.model", None, "name the servable as package.module:Class")
+            raise ConfigError("args.model", None, "name the model as package.module:Class")
         rest = {key: value for key, value in args.items() if key != "pt2"}
-        # The servable's module is imported before pt2 is read, since it may register a torch.compile backend.
-        servable_class = find_servable(args["model"])
+        # The model's module is imported before pt2 is read, since it may register a torch.compile backend.
+        model_class = find_model(args["model"])
         parsed = read_section("args", rest, cls, given={"pt2": lambda: Pt2Config.parse(args.get("pt2"))})
         _check(parsed)
-        servable = _make_servable(servable_class, parsed.model_args)
-        if parsed.batching.lengths is None and servable.default_lengths:
-            parsed = replace(parsed, batching=replace(parsed.batching, lengths=list(servable.default_lengths)))
-        return replace(parsed, name=parsed.name or _kebab(servable_class.__name__))
+        model = _make_model(model_class, parsed.model_args)
+        if parsed.batching.lengths is None and model.default_lengths:
+            parsed = replace(parsed, batching=replace(parsed.batching, lengths=list(model.default_lengths)))
+        model.check_args(parsed)
+        return replace(parsed, name=parsed.name or _kebab(model_class.__name__))
 
     def with_user_config(self, user_config: Any) -> tuple[ModelArgs, str | None]:
         """Return these args as a `user_config` changes them, and the log level; ConfigError for what it must not."""
@@ -173,17 +174,23 @@ class ModelArgs:
                 "more: below, requests wait in Ray's router, where they fill no batch and are not answered 503",
             )
 
+    def make_model(self) -> Model:
+        """Return a new instance of the model."""
+        return _make_model(find_model(self.model), self.model_args)
+
     def make_servable(self) -> Servable:
-        """Return a new instance of the servable."""
-        return _make_servable(find_servable(self.model), self.model_args)
+        """Return a new instance of a model that is a servable."""
+        model = self.make_model()
+        assert isinstance(model, Servable), f"{self.model} is none"
+        return model
 
 
 #: Requests on top of the queue that a replica takes at once: health checks, metadata, and those answered 503.
 EXTRA_REQUESTS = 64
 
 
-def find_servable(path: Any) -> type[Servable]:
-    """Import a Servable class by `package.module:Class`; ConfigError says what went wrong."""
+def find_model(path: Any) -> type[Model]:
+    """Import a model's class by `package.module:Class`; ConfigError says what went wrong."""
     if not isinstance(path, str) or not re.fullmatch(r"[\w.]+:\w+", path):
         raise ConfigError("args.model", path, "use package.module:Class")
     module_name, _, class_name = path.partition(":")
@@ -197,24 +204,22 @@ def find_servable(path: Any) -> type[Servable]:
         names = sorted(
             name
             for name, value in vars(module).items()
-            if isinstance(value, type) and issubclass(value, Servable) and value is not Servable
+            if isinstance(value, type) and issubclass(value, Model) and value not in (Model, Servable)
         )
-        raise ConfigError("args.model", path, f"{module_name} has the servables {', '.join(names) or '(none)'}")
-    if not isinstance(found, type) or not issubclass(found, Servable):
+        raise ConfigError("args.model", path, f"{module_name} has the models {', '.join(names) or '(none)'}")
+    if not isinstance(found, type) or not issubclass(found, Model):
         raise ConfigError("args.model", path, "name a subclass of deployments.servable.Servable")
     return found
 
 
-def _make_servable(servable_class: type[Servable], model_args: Mapping[str, Any]) -> Servable:
+def _make_model(model_class: type[Model], model_args: Mapping[str, Any]) -> Model:
     try:
-        return servable_class(**model_args)
+        return model_class(**model_args)
     except ConfigError:
         raise
     except Exception as error:  # a TypeError for an unknown keyword, or the servable's own ValueError
         kind, message = describe(error)
-        raise ConfigError(
-            "args.model_args", dict(model_args), f"{servable_class.__name__}: {kind}: {message}"
-        ) from error
+        raise ConfigError("args.model_args", dict(model_args), f"{model_class.__name__}: {kind}: {message}") from error
 
 
 def _check(args: ModelArgs) -> None:

@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from deployments.deadline import time_left
 from deployments.errors import DeadlineExceeded, ModelNotFound, NotReady
-from deployments.http import time_left
 from deployments.middleware import OWN_TIMEOUT, TIMEOUT
 from deployments.replies import path_of
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from types import TracebackType
 
-from deployments.errors import DeadlineExceeded, ModelFailed
+from starlette.requests import Request
+
+from deployments.errors import BadRequest, DeadlineExceeded, ModelFailed
+from deployments.middleware import OWN_TIMEOUT, TIMEOUT
 
 
 class Deadline:
@@ -47,3 +51,22 @@ class Deadline:
             self._count("gone")
         elif isinstance(error, ModelFailed):
             self._count("failed")
+
+
+def time_left(request: Request, started: float) -> float | None:
+    """Return the seconds left of those that the caller grants, or None where the configured time holds.
+
+    Ray Serve reads the same header, and answers in words of its own when the time is over: where it was not told a
+    later one (`deployments.middleware`), ours has to be there a little before that.
+    """
+    text = request.headers.get(OWN_TIMEOUT, request.headers.get(TIMEOUT))
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise BadRequest(f"{TIMEOUT}: {text!r} is not allowed; use a number of seconds above 0")
+    early = 0.0 if OWN_TIMEOUT in request.headers else min(0.05 * seconds, 0.1)
+    return max(seconds - early - (time.monotonic() - started), 0.0)

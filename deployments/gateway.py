@@ -33,6 +33,7 @@ from deployments.errors import BadRequest, ModelNotFound
 from deployments.http_host import find_http_host
 from deployments.keys import Keys
 from deployments.messages import read_json, weigh_json
+from deployments.paths import BY_BODY
 from deployments.replies import Endpoint, guard, json_reply, make_starlette
 from optim.errors import ConfigError
 from optim.strict import read_section
@@ -110,7 +111,7 @@ class Gateway:
             Route("/v2", self._endpoint(self._server)),
             Route("/v2/health/live", self._endpoint(self._live, health=True)),
             Route("/v2/health/ready", self._endpoint(self._ready, health=True)),
-            Route("/v1/embeddings", self._endpoint(self._by_body), methods=["POST"]),
+            *(Route(path, self._endpoint(self._by_body), methods=["POST"]) for path in BY_BODY),
         ]
         for prefix in ("/predictions", "/models", "/v2/models", "/v1/models"):
             for path in (f"{prefix}/{{model}}", f"{prefix}/{{model}}/{{rest:path}}"):

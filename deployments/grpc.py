@@ -38,6 +38,7 @@ from deployments.errors import (
 from deployments.inference_messages import CALLS, PACKAGE, SERVICE, message_class
 from deployments.keys import Keys
 from deployments.message_size import MOST_FIELDS, weigh
+from deployments.served import Served
 from deployments.service import ModelService
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class InferenceServicer:
     Errors become status codes with the same texts as over REST.
     """
 
-    _service: ModelService
+    _service: Served
     _keys: Keys
 
     async def ServerLive(self, request: Any, grpc_context: RayServegRPCContext) -> Any:
@@ -125,7 +126,7 @@ class InferenceServicer:
 
     async def ModelInfer(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:
         """Run tensors, or what a `payload` input holds, through the model."""
-        return await self._answer("ModelInfer", grpc_context, lambda: infer(self._service, request))
+        return await self._answer("ModelInfer", grpc_context, lambda: infer(oip.tensors_of(self._service), request))
 
     async def _answer(
         self,

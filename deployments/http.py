@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,28 +12,40 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from deployments import oip, openai, openapi, torchserve
+from deployments import http_text, oip, openai, openapi, torchserve
 from deployments.body import PACKED, pack, read_body
+from deployments.deadline import time_left
 from deployments.errors import BadRequest
+from deployments.generation_service import GenerationService
 from deployments.keys import Keys
 from deployments.messages import weigh_json, write_answer
-from deployments.middleware import OWN_TIMEOUT, TIMEOUT
 from deployments.paths import HEALTH_PATHS, MODEL_PATHS
 from deployments.replies import Endpoint, guard, json_reply, make_starlette
 from deployments.servable import Encoder
+from deployments.served import Served
 from deployments.service import ModelService
 
-Handler = Callable[[ModelService, Request], Awaitable[Response]]
+Handler = Callable[[Any, Request], Awaitable[Response]]
+Endpoints = list[tuple[str, str, Handler]]
 
 
-def make_app(service: ModelService, keys: Keys | None = None) -> Starlette:
+def make_app(service: Served, keys: Keys | None = None) -> Starlette:
     """Return the ASGI application that answers for one model; without `keys` it lets everybody in."""
     # Starlette tries them in this order, each in about 3 us: what is asked for most comes first.
-    endpoints: list[tuple[str, str, Handler]] = [
+    own: Endpoints = [
         *(("POST", f"{prefix}/infer", _infer) for prefix in MODEL_PATHS),
+        *([("POST", "/v1/embeddings", _embed)] if isinstance(service, ModelService) else []),
+    ]
+    if isinstance(service, GenerationService):
+        own = [
+            ("POST", "/v1/completions", http_text.complete),
+            ("POST", "/v1/chat/completions", http_text.chat),
+            *own,
+        ]
+    endpoints: Endpoints = [
+        *own,
         ("POST PUT", "/predictions/{model}", _predict),  # PUT is what TorchServe's own `curl -T photo.jpg` sends
         ("POST PUT", "/predictions/{model}/{version}", _predict),
-        ("POST", "/v1/embeddings", _embed),
         ("GET", "/ping", _ping),
         ("GET", "/v2/health/live", _live),
         ("GET", "/v2/health/ready", _ready),
@@ -55,7 +66,7 @@ def make_app(service: ModelService, keys: Keys | None = None) -> Starlette:
     return make_starlette(routes)
 
 
-def _endpoint(service: ModelService, handler: Handler, keys: Keys | None, path: str) -> Endpoint:
+def _endpoint(service: Served, handler: Handler, keys: Keys | None, path: str) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         if keys is not None:
             keys.check(request.headers, health=path in HEALTH_PATHS)
@@ -64,40 +75,21 @@ def _endpoint(service: ModelService, handler: Handler, keys: Keys | None, path: 
     return guard(endpoint)
 
 
-def _check_model(service: ModelService, request: Request) -> None:
+def _check_model(service: Served, request: Request) -> None:
     service.check_model(request.path_params["model"], request.path_params.get("version"))
 
 
-def time_left(request: Request, started: float) -> float | None:
-    """Return the seconds left of those that the caller grants, or None where the configured time holds.
-
-    Ray Serve reads the same header, and answers in words of its own when the time is over: where it was not told a
-    later one (`deployments.middleware`), ours has to be there a little before that.
-    """
-    text = request.headers.get(OWN_TIMEOUT, request.headers.get(TIMEOUT))
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise BadRequest(f"{TIMEOUT}: {text!r} is not allowed; use a number of seconds above 0")
-    early = 0.0 if OWN_TIMEOUT in request.headers else min(0.05 * seconds, 0.1)
-    return max(seconds - early - (time.monotonic() - started), 0.0)
-
-
-async def _ping(service: ModelService, request: Request) -> Response:
+async def _ping(service: Served, request: Request) -> Response:
     if service.failure() is not None:
         return json_reply({"status": "Unhealthy"}, 500)
     return json_reply({"status": "Healthy"})
 
 
-async def _openapi(service: ModelService, request: Request) -> Response:
+async def _openapi(service: Served, request: Request) -> Response:
     return json_reply(openapi.describe(service, request.scope.get("root_path", "")))
 
 
-async def _predict(service: ModelService, request: Request) -> Response:
+async def _predict(service: Served, request: Request) -> Response:
     _check_model(service, request)
     started = time.monotonic()
     with service.admission.hold_bytes() as held:
@@ -124,53 +116,54 @@ def _size_as_json(reply: Any) -> int:
     return len(reply) * max(_size_as_json(reply[0]), 20)
 
 
-async def _list_models(service: ModelService, request: Request) -> Response:
+async def _list_models(service: Served, request: Request) -> Response:
     return json_reply(torchserve.model_list(service))
 
 
-async def _describe_model(service: ModelService, request: Request) -> Response:
+async def _describe_model(service: Served, request: Request) -> Response:
     version = request.path_params.get("version")
     service.check_model(request.path_params["model"], None if version == "all" else version)  # TorchServe's word
     return json_reply(torchserve.model_description(service))
 
 
-async def _server_metadata(service: ModelService, request: Request) -> Response:
+async def _server_metadata(service: Served, request: Request) -> Response:
     return json_reply(oip.server_metadata())
 
 
-async def _live(service: ModelService, request: Request) -> Response:
+async def _live(service: Served, request: Request) -> Response:
     return json_reply({"live": True})
 
 
-async def _ready(service: ModelService, request: Request) -> Response:
+async def _ready(service: Served, request: Request) -> Response:
     service.check_ready()
     return json_reply({"ready": True})
 
 
-async def _model_metadata(service: ModelService, request: Request) -> Response:
+async def _model_metadata(service: Served, request: Request) -> Response:
     _check_model(service, request)
     return json_reply(oip.model_metadata(service))
 
 
-async def _model_ready(service: ModelService, request: Request) -> Response:
+async def _model_ready(service: Served, request: Request) -> Response:
     _check_model(service, request)
     service.check_ready()
     return json_reply({"name": service.name, "ready": True})
 
 
-async def _infer(service: ModelService, request: Request) -> Response:
+async def _infer(service: Served, request: Request) -> Response:
     _check_model(service, request)
     started = time.monotonic()
+    tensors = oip.tensors_of(service)
     length = oip.parse_length(request.headers.get(oip.HEADER_LENGTH))
     with service.admission.hold_bytes() as held:
         body = await read_body(request, service.limits, held, lead=length)
         as_json = body if length is None else body[:length]
         with held.more(weigh_json(as_json)):  # what stays are arrays
-            wanted = await service.aside(len(as_json), oip.read_request, service, body, length)
+            wanted = await service.aside(len(as_json), oip.read_request, tensors, body, length)
         left = time_left(request, started)
-        outputs = await oip.run(service, wanted, wanted.timeout_s if left is None else left, held)
+        outputs = await oip.run(tensors, wanted, wanted.timeout_s if left is None else left, held)
         weight = oip.weigh_reply(wanted, outputs)
-        content, json_length = await service.aside(weight, oip.write_reply, service, wanted, outputs)
+        content, json_length = await service.aside(weight, oip.write_reply, tensors, wanted, outputs)
     headers = {} if json_length is None else {oip.HEADER_LENGTH: str(json_length)}
     # Most libraries say of themselves that they can unpack several codings; who names a single one has asked for it.
     coding = request.headers.get("accept-encoding", "").strip().lower()
@@ -181,11 +174,11 @@ async def _infer(service: ModelService, request: Request) -> Response:
     return Response(content, headers=headers, media_type=kind)
 
 
-async def _list_openai_models(service: ModelService, request: Request) -> Response:
+async def _list_openai_models(service: Served, request: Request) -> Response:
     return json_reply({"object": "list", "data": [openai.describe_model(service)]})
 
 
-async def _describe_openai_model(service: ModelService, request: Request) -> Response:
+async def _describe_openai_model(service: Served, request: Request) -> Response:
     _check_model(service, request)
     return json_reply(openai.describe_model(service))
 

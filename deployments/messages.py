@@ -67,3 +67,22 @@ def _count_containers(text: bytes) -> int:
 
 def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is no JSON value")
+
+
+def is_whole(value: Any) -> bool:
+    """Say whether JSON has a whole number there; Python takes true and false for numbers too."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_texts(key: str, given: Any) -> list[Any]:
+    """Return the list of texts, or of lists of token ids, that a field is short for; BadRequest names it."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, list) and given:
+        if all(isinstance(item, str) for item in given):
+            return given
+        if all(map(is_whole, given)):
+            return [given]
+        if all(isinstance(item, list) and item and all(map(is_whole, item)) for item in given):
+            return given
+    raise BadRequest(f"{key}: a text, a list of texts, a list of token ids, or a list of those is needed, none empty")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from deployments.batch import BatchRecord
+from deployments.generation import Step
+from deployments.sampling import Picked
 from optim.report import AfterReady, CompileReport
 
 _MS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
@@ -31,12 +35,18 @@ class ModelMetrics:
         self._stream_runs = Counter("pt2_stream_runs_total", "Runs on a share of the threads, beside others.", **tags)
         self._run_ms = Histogram("pt2_run_ms", "Time of each run of the model, ms.", boundaries=_MS, **tags)
         self._wait_ms = Histogram("pt2_queue_wait_ms", "Wait of each request for its run, ms.", boundaries=_MS, **tags)
+        self._first_token_ms = Histogram(
+            "pt2_first_token_ms",
+            "From a prompt's arrival to its answer's first token, ms.",
+            boundaries=_MS,
+            **tags,
+        )
         self._padding = Histogram(
             "pt2_padding_fraction", "Share of each run that was padding, 0 to 1.", boundaries=_SHARES, **tags
         )
         self._tokens = Counter(
             "pt2_tokens_total",
-            "Tokens that ran (rows, where there is no length), by kind: asked for, or padding.",
+            "Tokens that ran (rows, where there is no length), by kind: asked for, padding, or generated.",
             tag_keys=("model", "kind"),  # type: ignore[arg-type]
         )
         self._eager_buckets = Gauge(
@@ -69,6 +79,7 @@ class ModelMetrics:
             self._stream_runs,
             self._run_ms,
             self._wait_ms,
+            self._first_token_ms,
             self._padding,
             self._tokens,
             self._eager_buckets,
@@ -78,6 +89,7 @@ class ModelMetrics:
             self._bucket_ms,
         )
         self._served: dict[str, str] = {}
+        self._eager: dict[str, int] = {}
         for metric in metrics:
             metric.set_default_tags({"model": model})
 
@@ -101,23 +113,40 @@ class ModelMetrics:
         else:
             {"rejected": self._rejected, "failed": self._failed, "refused": self._refused_changes}[what].inc()
 
-    def record_report(self, report: CompileReport) -> None:
-        """Publish what serves each bucket now."""
+    def record_report(self, report: CompileReport, function: str = "") -> None:
+        """Publish what serves each bucket now, of a model or of one of its functions."""
         for bucket in report.buckets:
             name = f"{bucket.batch_size}x{bucket.length}" if bucket.length else str(bucket.batch_size)
+            name = f"{function} {name}".lstrip()
             before = self._served.get(name, bucket.engine)
             if before != bucket.engine:
                 self._bucket_ms.set(0.0, tags={"bucket": name, "engine": before})
             self._served[name] = bucket.engine
             self._bucket_ms.set(bucket.ms or 0.0, tags={"bucket": name, "engine": bucket.engine})
         wanted = bool(report.candidates)
-        self._eager_buckets.set(sum(b.engine == "eager" for b in report.buckets) if wanted else 0)
+        self._eager[function] = sum(b.engine == "eager" for b in report.buckets) if wanted else 0
+        self._eager_buckets.set(sum(self._eager.values()))
         for state in ("compiling", "moving", "done", "failed") if report.background else ():
             self._background.set(float(state == report.background), tags={"state": state})
 
-    def record_after_ready(self, after: AfterReady) -> None:
-        """Publish what should stay 0."""
-        self._compilations.set(after.compilations + after.graph_recordings)
-        self._fallbacks.set(after.refused_compilations, tags={"reason": "compilation"})
-        self._fallbacks.set(after.failed_runs, tags={"reason": "failure"})
-        self._fallbacks.set(after.shapes_without_bucket, tags={"reason": "shape"})
+    def record_after_ready(self, after: Sequence[AfterReady]) -> None:
+        """Publish what should stay 0, of all that was compiled."""
+        self._compilations.set(sum(one.compilations + one.graph_recordings for one in after))
+        self._fallbacks.set(sum(one.refused_compilations for one in after), tags={"reason": "compilation"})
+        self._fallbacks.set(sum(one.failed_runs for one in after), tags={"reason": "failure"})
+        self._fallbacks.set(sum(one.shapes_without_bucket for one in after), tags={"reason": "shape"})
+
+    def record_step(self, step: Step, seconds: float) -> None:
+        """Count one step of a model that generates."""
+        if step.rows:
+            self._batch_rows.observe(step.rows)
+        if step.rows or step.prefilled:
+            self._run_ms.observe(seconds * 1e3)
+        if step.prefilled:
+            self._tokens.inc(step.prefilled, tags={"kind": "asked"})
+        if picked := sum(isinstance(what, Picked) for _, what in step.events):
+            self._tokens.inc(picked, tags={"kind": "generated"})
+
+    def record_first_token(self, seconds: float) -> None:
+        """Count how long a request waited for the first token of its answer."""
+        self._first_token_ms.observe(seconds * 1e3)

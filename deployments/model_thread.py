@@ -216,8 +216,9 @@ class ModelThread:
 
     def _do(self, turn: _Turn, model: CompiledModel | None) -> None:
         if turn.job is not None:
-            job, future = turn.job
-            _complete(future, job)
+            error = _complete(turn.job[1], turn.job[0])
+            if error is not None and is_device_error(error):
+                self._break(error)
         for queued in turn.dropped:
             if not queued.work.future.cancelled():
                 fail(queued.work.future, DeadlineExceeded("the deadline passed before the model was free"))
@@ -277,13 +278,16 @@ class ModelThread:
             fail(future, NotReady(f"the replica cannot serve any more: {self.failure}"))
 
 
-def _complete(future: Future[Any], job: Callable[[], Any]) -> None:
+def _complete(future: Future[Any], job: Callable[[], Any]) -> BaseException | None:
+    """Run a job for its future; return what it raised, or None."""
     if not future.set_running_or_notify_cancel():
-        return
+        return None
     try:
         future.set_result(job())
     except BaseException as error:
         future.set_exception(error)
+        return error
+    return None
 
 
 def fail(future: Future[Any], error: Exception) -> None:

@@ -23,6 +23,7 @@ from deployments.datatypes import (
 )
 from deployments.errors import BadRequest, RequestError, Unsupported
 from deployments.messages import read_json, to_json_bytes
+from deployments.served import Served
 from deployments.service import ModelService
 
 #: Header of requests and replies in binary form: how many bytes of the body are JSON; tensors follow.
@@ -63,7 +64,14 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "pt2-serve", "version": version, "extensions": ["binary_tensor_data"]}
 
 
-def model_metadata(service: ModelService) -> dict[str, Any]:
+def tensors_of(service: Served) -> ModelService:
+    """Return the service of a model that takes tensors; Unsupported where it is of another kind."""
+    if not isinstance(service, ModelService):
+        raise Unsupported(f"{service.name} generates text and takes no tensors; ask /v1/completions")
+    return service
+
+
+def model_metadata(service: Served) -> dict[str, Any]:
     """Return the reply to GET /v2/models/{model}; tensors that the protocol cannot carry are not in it."""
 
     def describe(infos: Any) -> list[dict[str, Any]]:

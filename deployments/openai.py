@@ -19,8 +19,9 @@ from deployments.errors import (
     Unauthorized,
     Unsupported,
 )
-from deployments.messages import read_json, write_answer
+from deployments.messages import is_whole, read_json, read_texts, write_answer
 from deployments.servable import Encoder
+from deployments.served import Served
 from deployments.service import ModelService
 
 _KEYS = ("input", "model", "encoding_format", "dimensions", "user")
@@ -46,7 +47,7 @@ class EmbeddingsRequest:
 
 def error_body(error: RequestError, status: int) -> dict[str, Any]:
     """Return the error as OpenAI writes it; `param` is the field that the message begins with."""
-    named = re.match(rf"({'|'.join(_KEYS)})\b", str(error))
+    named = re.match(r"(\w+)(\[\d+\][.\w]*)?: ", str(error))
     return {
         "error": {
             "message": str(error),
@@ -57,7 +58,7 @@ def error_body(error: RequestError, status: int) -> dict[str, Any]:
     }
 
 
-def describe_model(service: ModelService) -> dict[str, Any]:
+def describe_model(service: Served) -> dict[str, Any]:
     """Return the reply to GET /v1/models/{model}."""
     return {"id": service.name, "object": "model", "created": service.started, "owned_by": "pt2-serve"}
 
@@ -80,31 +81,9 @@ def read_request(body: bytes | memoryview) -> EmbeddingsRequest:
     if encoding is not None and encoding not in _FORMATS:
         raise BadRequest(f"encoding_format: {encoding!r} is not one of {', '.join(_FORMATS)}")
     dimensions = message.get("dimensions")
-    if dimensions is not None and (not _is_whole(dimensions) or dimensions < 1):
+    if dimensions is not None and (not is_whole(dimensions) or dimensions < 1):
         raise BadRequest(f"dimensions: {dimensions!r} is not a whole number from 1")
-    return EmbeddingsRequest(_parse_input(message.get("input")), model, encoding == "base64", dimensions)
-
-
-def _parse_input(given: Any) -> list[Any]:
-    """Return the list of texts or of lists of token ids that `input` is short for."""
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given, list) and given:
-        if all(isinstance(item, str) for item in given):
-            return given
-        if _are_tokens(given):
-            return [given]
-        if all(isinstance(item, list) and item and _are_tokens(item) for item in given):
-            return given
-    raise BadRequest("input: a text, a list of texts, a list of token ids, or a list of those is needed, none empty")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_tokens(items: list[Any]) -> bool:
-    return all(map(_is_whole, items))
+    return EmbeddingsRequest(read_texts("input", message.get("input")), model, encoding == "base64", dimensions)
 
 
 async def embed(service: ModelService, wanted: EmbeddingsRequest, **how: Any) -> bytes:

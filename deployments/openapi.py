@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from deployments import oip
+from deployments import oip, openapi_text
 from deployments.datatypes import DATATYPES
+from deployments.generation_service import GenerationService
 from deployments.paths import HEALTH_PATHS, MODEL_PATHS
 from deployments.servable import Encoder
+from deployments.served import Served
 from deployments.service import ModelService
 
 Json = dict[str, Any]
@@ -33,7 +35,7 @@ _MEANINGS = {
 _LOOKUP, _BODY = (401, 404), (400, 401, 404, 408, 413, 415, 500, 501, 503)
 
 
-def describe(service: ModelService, root: str = "") -> Json:
+def describe(service: Served, root: str = "") -> Json:
     """Return the description for one model below a root; its names, version, inputs and outputs are in it."""
     names = {"model": service.name, "version": service.version}
     paths: Json = {}
@@ -78,14 +80,28 @@ def describe(service: ModelService, root: str = "") -> Json:
         ready = _object(name=_TEXT, ready=_FLAG)
         add(f"{path}/ready", "get", "Whether the model can answer", _json(ready), (404, 503))
         answer = {**_json(_infer_answer()), "application/octet-stream": {"schema": _ANY}}
-        add(f"{path}/infer", "post", _infer_text(service), answer, _BODY, _infer_body(service))
+        if isinstance(service, ModelService):
+            add(f"{path}/infer", "post", _infer_text(service), answer, _BODY, _infer_body(service))
     described = _object(id=_TEXT, object=_TEXT, created=_WHOLE, owned_by=_TEXT)
     listed = _object(object=_TEXT, data={"type": "array", "items": described})
     add("/v1/models", "get", "The model", _json(listed), (401,))
     add("/v1/models/{model}", "get", "The model", _json(described), _LOOKUP)
-    if isinstance(service.servable, Encoder):
+    if isinstance(service, ModelService) and isinstance(service.servable, Encoder):
         add(
             "/v1/embeddings", "post", "Embeddings of texts", _json(_EMBEDDINGS), _BODY, _json(_embeddings_body(service))
+        )
+    if isinstance(service, GenerationService):
+        text = "Continue texts, whole or by server-sent events"
+        body = _json(openapi_text.completion_body(service))
+        add("/v1/completions", "post", text, openapi_text.answer(chat=False), _BODY, body)
+        text = "Answer a chat, whole or by server-sent events"
+        add(
+            "/v1/chat/completions",
+            "post",
+            text,
+            openapi_text.answer(chat=True),
+            _BODY,
+            _json(openapi_text.chat_body(service)),
         )
     return {
         "openapi": "3.1.0",

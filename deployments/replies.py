@@ -14,7 +14,15 @@ from starlette.routing import Route
 
 from deployments import oip, openai, torchserve
 from deployments.body import discard
-from deployments.errors import BodyTooSlow, Overloaded, RequestError, Unauthorized, UnsupportedEncoding
+from deployments.errors import (
+    BodyTooSlow,
+    DeadlineExceeded,
+    Overloaded,
+    RequestError,
+    Unauthorized,
+    Unsupported,
+    UnsupportedEncoding,
+)
 from deployments.messages import to_json_bytes
 
 logger = logging.getLogger(__name__)
@@ -77,6 +85,8 @@ def error_reply(
     if path.startswith("/v2"):
         return json_reply(oip.error_body(error), status, headers)
     if path.startswith("/v1"):
+        if isinstance(error, Unsupported | DeadlineExceeded):
+            headers["x-should-retry"] = "false"  # OpenAI's clients would ask again, twice
         return json_reply(openai.error_body(error, status), status, headers)
     return json_reply(torchserve.error_body(error, status), status, headers)
 

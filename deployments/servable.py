@@ -1,4 +1,4 @@
-"""`Servable`: the small interface a user implements to serve a model."""
+"""`Servable`: the small interface a user implements to serve a model; `Model` is what all kinds of them share."""
 
 from __future__ import annotations
 
@@ -14,17 +14,27 @@ from deployments.errors import BadRequest
 from optim.shapes import Inputs
 
 
-class Servable(ABC):
-    """A model as a service: how it is loaded, what a request becomes, what the reply is.
+class Model(ABC):  # noqa: B024 (its kinds differ in all that they do)
+    """What `model` in the configuration may name: a `Servable`, or a `TextGenerator` (`deployments.generate`).
 
     `model_args` of the configuration are the constructor's keywords. The constructor also runs where the
     configuration is checked, so it should look at its arguments and load nothing; raise ValueError for a bad one.
-    `load` and `example` run on the replica's model thread, `preprocess` and `postprocess` on other threads, several
-    at a time: they must not change the servable.
     """
 
     #: Lengths of the buckets where the configuration names none; None where the inputs do not vary in length.
     default_lengths: Sequence[int] | None = None
+
+    def check_args(self, args: Any) -> None:  # noqa: B027 (most take all that there is)
+        """Raise ConfigError for what this kind of model cannot do of otherwise right `args` (a ModelArgs)."""
+
+
+class Servable(Model):
+    """A model as a service: how it is loaded, what a request becomes, what the reply is.
+
+    `load` and `example` run on the replica's model thread, `preprocess` and `postprocess` on other threads, several
+    at a time: they must not change the servable.
+    """
+
     #: Names of the inputs and outputs for tensor protocols; None takes them from the module.
     input_names: Sequence[str] | None = None
     output_names: Sequence[str] | None = None
@@ -49,7 +59,7 @@ class Servable(ABC):
         except RuntimeError as error:  # objects, null, numbers beyond 64 bits
             raise BadRequest(f"not a tensor: {error}") from error
 
-    def check(self, inputs: Inputs) -> None:  # noqa: B027 (most have nothing to check)
+    def check(self, inputs: Inputs) -> None:
         """Raise BadRequest for tensors of the right dtypes and shapes, with the batch dimension, that must not be run.
 
         Such as token ids beyond the vocabulary: compiled code reads past the table's end, answers something, or ends

@@ -1,33 +1,25 @@
-"""`ModelService`: what every protocol asks of a model, without a word of any of them."""
+"""`ModelService`: what every protocol asks of a servable, without a word of any of them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import struct
-import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from deployments.admission import Admission, Held, size_of
-from deployments.args import LimitsArgs, ModelArgs
+from deployments.args import ModelArgs
 from deployments.deadline import Deadline
-from deployments.errors import (
-    BadRequest,
-    ModelFailed,
-    ModelNotFound,
-    NotReady,
-    RequestError,
-    VersionNotFound,
-)
+from deployments.errors import BadRequest, ModelFailed, RequestError
 from deployments.servable import Servable, forward_names
+from deployments.served import Served
 from deployments.tensor_info import misfit, name_tensors, to_numpy
 from optim import CompiledModel
 from optim.errors import describe
@@ -35,16 +27,12 @@ from optim.shapes import Inputs, measure
 from optim.tree import flatten
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-#: Bytes of JSON that are read sooner (1 ms) than another thread takes over. Python's reader of JSON lets no thread run
-#: beside it, but what is done with its lists does.
-_SMALL = 64 * 1024
 Run = Callable[[Inputs, int, float | None], Awaitable[Any]]
 """Runs inputs of some rows until a deadline on time.monotonic's clock (None: never)."""
 
 
-class ModelService:
-    """Looks up, checks, and runs; all methods belong to the event loop, host work goes to a pool."""
+class ModelService(Served):
+    """Checks tensors and payloads, and runs them."""
 
     def __init__(
         self,
@@ -57,59 +45,21 @@ class ModelService:
         failure: Callable[[], str | None] = lambda: None,
         count: Callable[[str], None] = lambda what: None,
     ) -> None:
-        self.args = args
-        self.name = args.name or ""
-        self.version = args.version
-        #: When it was made, in seconds since 1970.
-        self.started = int(time.time())
+        super().__init__(args, host_pool, admission, failure, count)
         self.servable = servable
         self._model = model
         self._run = run
-        self._pool = host_pool
-        self.admission = admission
-        #: What a request may ask for; replaced as a whole by a hot change.
-        self.limits: LimitsArgs = args.limits
-        self._count = count
         self._pins = model.device.type == "cuda"
-        #: Says why the model cannot answer any more, or None.
-        self.failure = failure
         names = servable.input_names or forward_names(model.module, len(model.input_specs))
         self.inputs = name_tensors(names, model.input_specs, "input")
         self.outputs = name_tensors(servable.output_names or model.output_names, model.output_specs, "output")
-
-    def change(self, args: ModelArgs) -> None:
-        """Take over changed settings: new requests meet them, those under way keep what they met."""
-        self.args, self.limits = args, args.limits
-
-    def check_model(self, name: str, version: str | None = None) -> None:
-        """Raise ModelNotFound or VersionNotFound where this is not the model asked for."""
-        if name != self.name:
-            raise ModelNotFound(f"Model not found: {name}")
-        if version is not None and version != self.version:
-            raise VersionNotFound(f"Model version: {version} does not exist for model: {name}")
-
-    def check_ready(self) -> None:
-        """Raise NotReady where the model cannot answer any more."""
-        failure = self.failure()
-        if failure is not None:
-            raise NotReady(failure)
 
     def report(self) -> dict[str, Any]:
         """Return the compile report of the replica that answers."""
         return self._model.report.to_dict()
 
-    async def aside(self, size: int, work: Callable[..., T], *given: Any) -> T:
-        """Return what host work on `size` bytes gives: on the pool where they are many, to leave the loop free."""
-        if size <= _SMALL:
-            return work(*given)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *given))
-
     async def predict(self, payload: Any, timeout_s: float | None = None, held: Held | None = None) -> Any:
-        """Preprocess one request, run it as one row, and postprocess its output.
-
-        DeadlineExceeded where that takes longer than `timeout_s` (or the configured time); `held` are the bytes that
-        are counted for it already.
-        """
+        """Preprocess one request, run it as one row, and postprocess its output."""
         async with Deadline(self._seconds(timeout_s), self._count) as deadline:
             with self.admission.hold_rows(1), self._held(held) as holding:
                 holding.grow_to(size_of(payload))
@@ -196,14 +146,6 @@ class ModelService:
     def _name_outputs(self, found: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         names = [info.name for info in self.outputs] or [f"output_{i}" for i in range(len(found))]
         return dict(zip(names, found, strict=True))
-
-    def _seconds(self, timeout_s: float | None) -> float | None:
-        """Return the time of a request: the caller's, else the configured one."""
-        return self.limits.timeout_s if timeout_s is None else timeout_s
-
-    def _held(self, held: Held | None) -> AbstractContextManager[Held]:
-        """Return the bytes of a request for a block: those that its caller holds, else some of its own."""
-        return self.admission.hold_bytes() if held is None else nullcontext(held)
 
     def _read(self, preprocess: Callable[[Any], Any], payload: Any) -> Inputs:
         inputs = self._add_batch_dim(preprocess(payload))

@@ -28,7 +28,7 @@ from deployments.errors import (
     VersionNotFound,
 )
 from deployments.messages import read_json
-from deployments.service import ModelService
+from deployments.served import Served
 
 #: TorchServe's exception names, by our errors; 405 and unknown paths come from routing.
 _TYPES: dict[type[RequestError], str] = {
@@ -182,12 +182,12 @@ def _split(boundary: bytes, body: bytes) -> dict[str, tuple[str | None, bytes]]:
     return dict(parts)
 
 
-def model_list(service: ModelService) -> dict[str, Any]:
+def model_list(service: Served) -> dict[str, Any]:
     """Return the reply to GET /models."""
     return {"models": [{"modelName": service.name, "modelUrl": service.args.model}]}
 
 
-def model_description(service: ModelService) -> list[dict[str, Any]]:
+def model_description(service: Served) -> list[dict[str, Any]]:
     """Return the reply to GET /models/{model}: TorchServe's keys, and the answering replica's compile report.
 
     Times in it are whole numbers, as TorchServe's clients read them. The one worker is the replica that answers: it
@@ -216,7 +216,7 @@ def _round_up(time: float | None) -> int | None:
     return None if time is None or math.isinf(time) else math.ceil(time)
 
 
-def _describe_worker(service: ModelService, device: str) -> dict[str, Any]:
+def _describe_worker(service: Served, device: str) -> dict[str, Any]:
     started = datetime.fromtimestamp(service.started, UTC)
     return {
         "id": str(os.getpid()),

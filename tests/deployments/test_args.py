@@ -30,10 +30,10 @@ def test_a_backend_registered_by_the_servables_module_is_known() -> None:
 
 MISTAKES: list[tuple[Any, str]] = [
     (None, "args: None is not allowed; use a mapping"),
-    ({}, "args.model: None is not allowed; name the servable"),
+    ({}, "args.model: None is not allowed; name the model"),
     ({"model": "nope"}, "args.model: 'nope' is not allowed; use package.module:Class"),
     ({"model": "no.such:Thing"}, "args.model: 'no.such:Thing'.*importing no.such ended in ModuleNotFoundError"),
-    ({"model": "deployments.vision:Clasifier"}, "deployments.vision has the servables ImageClassifier"),
+    ({"model": "deployments.vision:Clasifier"}, "deployments.vision has the models ImageClassifier"),
     ({"model": "tests.support.models:Mlp"}, "name a subclass of deployments.servable.Servable"),
     ({"model": TINY, "modle_args": {}}, "args.modle_args: {}.*did you mean 'model_args'"),
     ({"model": TINY, "model_args": {"colour": 1}}, "args.model_args: {'colour': 1}.*unexpected keyword|no arguments"),

@@ -20,8 +20,9 @@ from starlette.testclient import TestClient
 from torch import nn
 
 from deployments.admission import Admission
+from deployments.deadline import time_left
 from deployments.errors import BadRequest, Overloaded
-from deployments.http import _size_as_json, make_app, time_left
+from deployments.http import _size_as_json, make_app
 from deployments.messages import read_json, weigh_json
 from deployments.middleware import middlewares
 from deployments.servable import Servable

@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.checkpoints import make_checkpoint
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -86,6 +88,22 @@ SMALL_MODELS = [
         },
     ),
 ]
+
+
+def make_writer(checkpoint: Path) -> dict[str, Any]:
+    """Return the application of a model that generates text, and make its checkpoint."""
+    make_checkpoint(checkpoint)
+    return make_application(
+        "writer",
+        {
+            "model": "deployments.generate:TextGenerator",
+            "model_args": {"checkpoint": str(checkpoint)},
+            "pt2": EAGER,
+            "batching": {"batch_sizes": [1, 4], "max_queue": 12},
+        },
+    )
+
+
 GATEWAY = {
     "name": "gateway",
     "route_prefix": "/all",
@@ -248,7 +266,15 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
     grpc_port = config["grpc_options"]["port"] = free_port()
-    config["applications"] += [*SMALL_MODELS, GATEWAY] if needs_more else []
+    if needs_more:
+        make_checkpoint(folder / "checkpoint")
+        writer = {
+            "model": "deployments.generate:TextGenerator",
+            "model_args": {"checkpoint": str(folder / "checkpoint")},
+        }
+        batching = {"batch_sizes": [1, 4], "max_queue": 12}
+        small = make_application("writer", {**writer, "pt2": EAGER, "batching": batching})
+        config["applications"] += [*SMALL_MODELS, small, GATEWAY]
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     log = folder / "serve.log"

@@ -8,12 +8,38 @@ from typing import Any
 
 from deployments.admission import Admission
 from deployments.args import ModelArgs
+from deployments.compile import compile_generator, slots_of
+from deployments.generate import TextGenerator
+from deployments.generation_service import GenerationService
+from deployments.generator_thread import GeneratorThread
 from deployments.host_pool import make_host_pool
 from deployments.model_thread import ModelThread
 from deployments.queue import Work
 from deployments.service import ModelService
 from optim import CompiledModel, compile_model
 from optim.shapes import Inputs
+
+
+@contextmanager
+def generate_locally(args: dict[str, Any]) -> Iterator[GenerationService]:
+    """Yield the service of a model that generates; its thread runs until the end."""
+    parsed = ModelArgs.parse(args)
+    generator = parsed.make_model()
+    assert isinstance(generator, TextGenerator)
+    thread = ModelThread("local")
+    models = thread.call(lambda: compile_generator(generator, parsed, "cpu", 1)).result()
+    slots = slots_of(models, generator, parsed)
+    admission = Admission(parsed.batching.max_queue, parsed.limits.bytes_in_flight)
+    found: list[GenerationService] = []
+    generating = GeneratorThread(thread, slots, lambda *what: found[0].deliver(*what))
+    with make_host_pool() as pool:
+        found.append(
+            GenerationService(parsed, generator, models, generating.add, pool, admission, lambda: thread.failure)
+        )
+        found[0].slots_in_use = lambda: len(slots)  # type: ignore[attr-defined]
+        found[0].running = slots  # type: ignore[attr-defined]
+        yield found[0]
+        thread.close()
 
 
 @contextmanager

@@ -1,0 +1,163 @@
+"""OpenAI's API for text: what its clients read, whole and as the events of a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from deployments.completions import TextRequest
+from deployments.generation_service import Answers, GenerationService, Piece
+from deployments.sampling import Picked
+
+Json = dict[str, Any]
+#: What stands for a probability of 0, whose logarithm JSON cannot carry; OpenAI's own.
+_IMPOSSIBLE = -9999.0
+
+
+class Reply(ABC):
+    """Writes the answers to one request."""
+
+    kind = ""
+    #: `object` of a whole reply, and of an event.
+    objects = ("", "")
+
+    def __init__(self, service: GenerationService, wanted: TextRequest) -> None:
+        self.wanted = wanted
+        self._tokenizer = service.generator.tokenizer
+        self._head = {"id": f"{self.kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+        self._offsets: dict[int, int] = {}
+        self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids[-1]
+        self._anchor_length = len(self._tokenizer.decode([self._anchor], skip_special_tokens=False))
+
+    async def events(self, answers: Answers, deadline: float | None) -> AsyncIterator[Json]:
+        """Yield the events of a stream; its last one has the usage, where that was asked for."""
+        usage: Json = {"usage": None} if self.wanted.with_usage else {}
+        for choice in self._opening():
+            yield self._write(1, [choice], **usage)
+        async with aclosing(answers.pieces(deadline)) as pieces:
+            async for piece in pieces:
+                logprobs = self._write_logprobs(piece.index, [piece.picked] if piece.picked else [])
+                if piece.text or piece.finish or logprobs:
+                    yield self._write(1, [self._change(piece, logprobs)], **usage)
+        if self.wanted.with_usage:
+            yield self._write(1, [], usage=_usage(answers))
+
+    async def whole(self, answers: Answers, deadline: float | None) -> Json:
+        """Return the reply when all answers are there."""
+        by_index: dict[int, list[Piece]] = {}
+        async with aclosing(answers.pieces(deadline)) as pieces:
+            async for piece in pieces:
+                by_index.setdefault(piece.index, []).append(piece)
+        choices = []
+        for index, found in sorted(by_index.items()):
+            picked = [piece.picked for piece in found if piece.picked]
+            choice = self._choice("".join(piece.text for piece in found))
+            logprobs = self._write_logprobs(index, picked)
+            choices.append({"index": index, **choice, "logprobs": logprobs, "finish_reason": found[-1].finish})
+        return self._write(0, choices, usage=_usage(answers))
+
+    def _write(self, which: int, choices: Sequence[Json], **more: Any) -> Json:
+        return {**self._head, "object": self.objects[which], "choices": choices, **more}
+
+    def _opening(self) -> Sequence[Json]:
+        """Return the choices of the events that come before any text."""
+        return ()
+
+    @abstractmethod
+    def _change(self, piece: Piece, logprobs: Json | None) -> Json:
+        """Return a choice of an event."""
+
+    @abstractmethod
+    def _choice(self, text: str) -> Json:
+        """Return what a choice of a whole reply has of its own."""
+
+    @abstractmethod
+    def _logprobs(self, index: int, picked: Sequence[Picked]) -> Json:
+        """Return the log-probabilities of some tokens."""
+
+    def _write_logprobs(self, index: int, picked: Sequence[Picked]) -> Json | None:
+        wanted = self.wanted.sampling.logprobs is not None and picked
+        return self._logprobs(index, picked) if wanted else None
+
+    def _text_of(self, token: int) -> str:
+        # Behind another one: many decoders strip the space at the beginning of a text.
+        return self._tokenizer.decode([self._anchor, token], skip_special_tokens=False)[self._anchor_length :]
+
+
+class CompletionReply(Reply):
+    """Replies of /v1/completions."""
+
+    kind = "cmpl"
+    objects = ("text_completion", "text_completion")
+
+    def _change(self, piece: Piece, logprobs: Json | None) -> Json:
+        return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
+
+    def _choice(self, text: str) -> Json:
+        return {"text": text}
+
+    def _logprobs(self, index: int, picked: Sequence[Picked]) -> Json:
+        texts = [self._text_of(one.token) for one in picked]
+        offsets, offset = [], self._offsets.get(index, 0)
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[index] = offset
+        return {
+            "tokens": texts,
+            "token_logprobs": [_write_logprob(one.logprob) for one in picked],
+            "top_logprobs": [self._write_top(one) for one in picked],
+            "text_offset": offsets,
+        }
+
+    def _write_top(self, picked: Picked) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token, logprob in picked.top:  # parts of characters all read alike: the likeliest stays
+            found.setdefault(self._text_of(token), _write_logprob(logprob))
+        return found
+
+
+class ChatReply(Reply):
+    """Replies of /v1/chat/completions."""
+
+    kind = "chatcmpl"
+    objects = ("chat.completion", "chat.completion.chunk")
+
+    def _opening(self) -> Sequence[Json]:
+        return [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
+
+    def _change(self, piece: Piece, logprobs: Json | None) -> Json:
+        delta = {"content": piece.text} if piece.text else {}
+        return {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish}
+
+    def _choice(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _logprobs(self, index: int, picked: Sequence[Picked]) -> Json:
+        content = []
+        for one in picked:
+            top = [self._describe(token, logprob) for token, logprob in one.top]
+            content.append({**self._describe(one.token, one.logprob), "top_logprobs": top})
+        return {"content": content}
+
+    def _describe(self, token: int, logprob: float | None) -> Json:
+        text = self._text_of(token)
+        # A token may be part of a character, whose bytes the tokenizer does not tell.
+        return {
+            "token": text,
+            "logprob": _write_logprob(logprob),
+            "bytes": None if "\ufffd" in text else list(text.encode()),
+        }
+
+
+def _write_logprob(logprob: float | None) -> float:
+    return max(_IMPOSSIBLE, _IMPOSSIBLE if logprob is None else logprob)  # in this order NaN becomes it too
+
+
+def _usage(answers: Answers) -> Json:
+    prompt, tokens = answers.prompt_tokens, answers.tokens
+    return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}

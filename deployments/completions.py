@@ -1,0 +1,208 @@
+"""OpenAI's API for text: what requests to /v1/completions and /v1/chat/completions ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.errors import BadRequest, Unsupported
+from deployments.messages import is_whole, read_texts
+from deployments.sampling import Sampling
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0, 2
+MOST_STOPS = 4
+#: The likeliest tokens that are told of, in a completion and in a chat.
+MOST_LOGPROBS, MOST_CHAT_LOGPROBS = 5, 20
+#: OpenAI's own for completions; a chat's answer may fill what there is.
+_DEFAULT_MOST = 16
+#: Fields that are taken where they ask for nothing: their value that does so, beside null.
+_IDLE: Mapping[str, Any] = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "tools": [],
+    "functions": [],
+    "tool_choice": "none",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+}
+#: Fields that change no answer.
+_IGNORED = ("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier")
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """What a request asks for: prompts (text, or token ids), or a chat's messages; `most` None is all that fits."""
+
+    model: str | None
+    prompts: list[Any] = field(default_factory=list)
+    messages: list[Mapping[str, Any]] = field(default_factory=list)
+    most: int | None = None
+    stops: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    stream: bool = False
+    with_usage: bool = False
+    """Whether a stream's last event has the numbers of tokens."""
+
+    @property
+    def size(self) -> int:
+        """About how many bytes are to be tokenised; a message of a chat costs its template something too."""
+        prompts = sum(len(p) if isinstance(p, str) else 8 * len(p) for p in self.prompts)
+        return prompts + sum(200 + len(m["role"]) + len(m["content"]) for m in self.messages)
+
+
+def read_completion(message: Any) -> TextRequest:
+    """Return what a request to /v1/completions asks for; BadRequest names the field, the value and what is allowed."""
+    fields = _Fields(message, ("prompt", "logprobs", "max_tokens"))
+    count = fields.whole("logprobs", 0, MOST_LOGPROBS)
+    most = fields.whole("max_tokens", 1)
+    prompts = read_texts("prompt", fields.take("prompt"))
+    return fields.request(prompts=prompts, most=_DEFAULT_MOST if most is None else most, logprobs=count)
+
+
+def read_chat(message: Any) -> TextRequest:
+    """Return what a request to /v1/chat/completions asks for; as `read_completion`."""
+    own = ("messages", "logprobs", "top_logprobs", "max_tokens", "max_completion_tokens")
+    fields = _Fields(message, own)
+    wanted, count = fields.flag("logprobs"), fields.whole("top_logprobs", 0, MOST_CHAT_LOGPROBS)
+    if count is not None and not wanted:
+        raise BadRequest(f"top_logprobs: {count} needs logprobs, which is not true")
+    most, newer = fields.whole("max_tokens", 1), fields.whole("max_completion_tokens", 1)
+    return fields.request(
+        messages=_read_messages(fields.take("messages")),
+        most=most if newer is None else newer,
+        logprobs=(count or 0) if wanted else None,
+    )
+
+
+def read_payload(payload: Any) -> TextRequest:
+    """Return what a payload asks for: a prompt as text, or the fields of a request to /v1/completions.
+
+    `max_new_tokens` may be said for `max_tokens`, as TorchServe's examples do; an answer to a payload is whole.
+    """
+    if isinstance(payload, bytes | bytearray | memoryview):
+        try:
+            payload = bytes(payload).decode()
+        except UnicodeDecodeError as error:
+            raise BadRequest(f"the prompt is not UTF-8: {error}") from error
+    if isinstance(payload, str):
+        payload = {"prompt": payload}
+    if isinstance(payload, dict) and "max_new_tokens" in payload:
+        payload = {"max_tokens": payload["max_new_tokens"], **payload}
+        del payload["max_new_tokens"]
+    wanted = read_completion(payload)
+    if len(wanted.prompts) > 1 or wanted.stream or wanted.sampling.logprobs is not None:
+        raise BadRequest("one prompt at a time, without `stream` and `logprobs`; /v1/completions has them")
+    return wanted
+
+
+class _Fields:
+    """The fields of a request, each looked at once."""
+
+    def __init__(self, message: Any, own: tuple[str, ...]) -> None:
+        if not isinstance(message, dict):
+            raise BadRequest("the body must be a JSON object")
+        common = ("model", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options")
+        unknown = [key for key in message if key not in {*own, *common, *_IDLE, *_IGNORED}]
+        if unknown:
+            raise BadRequest(f"{', '.join(unknown)}: unknown here; allowed are {', '.join((*own, *common))}")
+        for key, idle in _IDLE.items():
+            if message.get(key) not in (None, idle):
+                raise Unsupported(f"{key}: {message[key]!r} is not served; leave it out")
+        self._message = message
+
+    def take(self, key: str) -> Any:
+        """Return a field as it is."""
+        return self._message.get(key)
+
+    def whole(self, key: str, least: int, most: float = math.inf) -> int | None:
+        """Return a whole number within bounds, or None."""
+        value = self.take(key)
+        if value is not None and not (is_whole(value) and least <= value <= most):
+            raise BadRequest(f"{key}: {value!r} is not a whole number {_within(least, most)}")
+        return None if value is None else int(value)
+
+    def number(self, key: str, default: float, allowed: Callable[[float], bool], what: str) -> float:
+        """Return a number for which `allowed` holds."""
+        value = self.take(key)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
+            raise BadRequest(f"{key}: {value!r} is not a number {what}")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """Return true or false; null is false."""
+        value = self.take(key)
+        if not isinstance(value, bool | None):
+            raise BadRequest(f"{key}: {value!r} is not true or false")
+        return bool(value)
+
+    def request(self, *, most: int | None, logprobs: int | None, **what: Any) -> TextRequest:
+        """Return the request with the fields that both kinds have."""
+        model = self.take("model")
+        if not isinstance(model, str | None):
+            raise BadRequest(f"model: {model!r} is not the name of a model")
+        options = self.take("stream_options")
+        stream = self.flag("stream")
+        if options is not None and (not isinstance(options, dict) or not stream):
+            raise BadRequest("stream_options: an object is needed, and `stream` true")
+        sampling = Sampling(
+            temperature=self.number(
+                "temperature", 1.0, _is_temperature, f"from {LEAST_TEMPERATURE} to {MOST_TEMPERATURE}"
+            ),
+            top_k=self.whole("top_k", 0) or 0,
+            top_p=self.number("top_p", 1.0, lambda p: 0 < p <= 1, "above 0, up to 1"),
+            seed=self.whole("seed", -(2**63), 2**63 - 1),
+            logprobs=logprobs,
+        )
+        usage = bool((options or {}).get("include_usage"))
+        return TextRequest(
+            model, most=most, stops=self._stops(), sampling=sampling, stream=stream, with_usage=usage, **what
+        )
+
+    def _stops(self) -> tuple[str, ...]:
+        value = self.take("stop")
+        stops = [value] if isinstance(value, str) else value or []
+        if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(s and isinstance(s, str) for s in stops):
+            raise BadRequest(f"stop: {value!r} is not a text, or a list of up to {MOST_STOPS}, none empty")
+        return tuple(stops)
+
+
+def _is_temperature(value: float) -> bool:
+    return LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE
+
+
+def _within(least: float, most: float) -> str:
+    return f"from {least}" if most == math.inf else f"from {least} to {most}"
+
+
+def _read_messages(given: Any) -> list[Mapping[str, Any]]:
+    """Return a chat's messages with their contents as text."""
+    if not isinstance(given, list) or not given:
+        raise BadRequest("messages: a list with at least one message is needed")
+    messages: list[Mapping[str, Any]] = []
+    for index, message in enumerate(given):
+        path = f"messages[{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRequest(f"{path}: an object with a role is needed")
+        messages.append({"role": message["role"], "content": _read_content(path, message.get("content"))})
+    return messages
+
+
+def _read_content(path: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        kinds = {str(part.get("type")) for part in content} - {"text"}
+        if kinds:
+            raise Unsupported(f"{path}.content: parts of type {', '.join(sorted(kinds))} are not served; text is")
+        if all(isinstance(part.get("text"), str) for part in content):
+            return "".join(part["text"] for part in content)
+    raise BadRequest(f"{path}.content: a text, or a list of parts with one, is needed")

@@ -1,0 +1,73 @@
+"""What a decoder is compiled for: `decode`, one token of each of several rows, and `prefill`, a piece of one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deployments.decoder import DecodeOne, Decoder, Prefill
+from deployments.generation import Run, Slots
+from optim.shapes import Example, Inputs
+
+
+@dataclass(frozen=True)
+class Function:
+    """One of them, as `compile_model` takes it."""
+
+    module: nn.Module
+    example: Example
+    batch_sizes: Sequence[int]
+    lengths: Sequence[int]
+    phase: str
+
+    @property
+    def state(self) -> list[str]:
+        """The names of the buffers that calls change: the cache."""
+        return [name for name, _ in self.module.named_buffers() if name.endswith((".keys", ".values"))]
+
+
+def make_functions(
+    decoder: Decoder, batch_sizes: Sequence[int], spans: Sequence[int], pieces: Sequence[int]
+) -> dict[str, Function]:
+    """Return the functions by name: `decode` for rows x places of the cache, and `prefill` for each size of piece."""
+    decode = DecodeOne(decoder).eval()
+    found = {"decode": Function(decode, _decoding(decoder), batch_sizes, spans, "decode")}
+    for size in pieces:
+        wide = [span for span in spans if span >= size]
+        found[f"prefill {size}"] = Function(Prefill(decoder).eval(), _prefilling(decoder, size), (1,), wide, "prefill")
+    return found
+
+
+def make_slots(runs: Mapping[str, Run], slots: int, spans: Sequence[int], pieces: Sequence[int]) -> Slots:
+    """Return slots that run the functions, compiled or not; the least piece is run while others generate."""
+    prefills = {size: runs[f"prefill {size}"] for size in pieces}
+    return Slots(prefills, runs["decode"], spans, slots, min(pieces))
+
+
+def _decoding(decoder: Decoder) -> Example:
+    def example(batch_size: int, length: int | None) -> Inputs:
+        assert length is not None
+        rows = torch.arange(batch_size)
+        positions = (rows % decoder.slots + length // 2) % length
+        mask = torch.arange(length) <= positions.unsqueeze(-1)
+        return _draw(decoder, length, batch_size), positions, rows % decoder.slots, mask
+
+    return example
+
+
+def _prefilling(decoder: Decoder, size: int) -> Example:
+    def example(batch_size: int, length: int | None) -> Inputs:
+        assert length is not None
+        rows = torch.arange(batch_size)
+        positions = torch.arange(size).expand(batch_size, size) + max(length - size, 0)
+        mask = torch.arange(length) <= positions.unsqueeze(-1)
+        return _draw(decoder, length, batch_size, size), positions, rows % decoder.slots, rows % size, mask
+
+    return example
+
+
+def _draw(decoder: Decoder, seed: int, *shape: int) -> torch.Tensor:
+    return torch.randint(decoder.config.vocabulary, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,235 @@
+"""`Generation` and `Slots`: requests that generate join and leave between the steps of a decoder (no threads)."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from deployments.errors import ModelFailed
+from deployments.sampling import Picked, Sampler
+from optim import is_device_error
+from optim.errors import describe
+
+logger = logging.getLogger(__name__)
+What = Picked | str | Exception
+"""What comes of a request: a token, and at the end why: `stop` (one of `ends`), `length` (as many as were asked for,
+or as fit), or an exception."""
+
+
+class Run(Protocol):
+    """A compiled (or eager) `Prefill` or `DecodeOne`."""
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits. [B, V]."""
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request: its prompt, how its tokens are picked, and who is to be told of them.
+
+    Who sets `gone` frees its slot at the next step, after which nothing more comes of it. `tell` is not called here,
+    but by whom the events of a step go to.
+    """
+
+    prompt: Sequence[int]
+    sampler: Sampler
+    most: int | None = None
+    """The most tokens of the answer; None is all that fits."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end the answer, and are not part of it."""
+    tell: Callable[[What], None] = lambda what: None
+    gone: bool = False
+    slot: int = -1
+    """Its part of the cache."""
+    done: int = 0
+    """Tokens of it that are in the cache."""
+    tokens: list[int] = field(default_factory=list)
+    """What it generated; the last is not in the cache yet."""
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether all of its prompt is in the cache."""
+        return self.done >= len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of a step: an event for each request that it concerns, the rows it decoded, the tokens it prefilled."""
+
+    events: Sequence[tuple[Generation, What]]
+    rows: int = 0
+    prefilled: int = 0
+
+
+class Slots:
+    """Generates for as many requests at a time as the cache has slots; all methods but `add` belong to one thread.
+
+    A step is one token of every request that generates, and before it, where a request is new, one piece of the oldest
+    one's prompt: as much as the largest of `prefills` takes while nobody generates, else the size that `piece` says, so
+    that the others' streams go on.
+    """
+
+    def __init__(
+        self,
+        prefills: Mapping[int, Run],
+        decode: Run,
+        spans: Sequence[int],
+        slots: int,
+        piece: int,
+    ) -> None:
+        self._prefills = dict(sorted(prefills.items()))
+        self._decode = decode
+        self._spans = sorted(spans)
+        self._piece = piece
+        self._free = list(range(slots))
+        self._arrived: deque[Generation] = deque()  # what other threads put in, one call at a time
+        self._new: deque[Generation] = deque()
+        self._filling: Generation | None = None
+        self._running: list[Generation] = []
+        self._events: list[tuple[Generation, What]] = []
+
+    def __len__(self) -> int:
+        return len(self._arrived) + len(self._new) + (self._filling is not None) + len(self._running)
+
+    @property
+    def length(self) -> int:
+        """The most tokens of a request, prompt and answer together."""
+        return self._spans[-1]
+
+    def add(self, generation: Generation) -> None:
+        """Take in a request; from any thread."""
+        self._arrived.append(generation)
+
+    def step(self) -> Step:
+        """Do one step; what a request raises ends that request alone, unless the device failed."""
+        self._sweep()
+        if self._filling is None and self._free and self._new:
+            self._filling = self._new.popleft()
+            self._filling.slot = self._free.pop(0)
+        prefilled = 0 if self._filling is None else self._prefill(self._filling)
+        rows = len(self._running)
+        if rows:
+            self._decode_one(list(self._running))
+        return Step(self._take_events(), rows, prefilled)
+
+    def fail(self, error: Exception) -> Step:
+        """End every request with an error."""
+        self._take_in()
+        everyone = [*self._running, *([self._filling] if self._filling else []), *self._new]
+        self._new.clear()
+        for generation in everyone:
+            self._end(generation, error)
+        return Step(self._take_events())
+
+    def _take_events(self) -> Sequence[tuple[Generation, What]]:
+        events, self._events = self._events, []
+        return events
+
+    def _sweep(self) -> None:
+        """Take in what has arrived, and give back what those who went away hold."""
+        self._take_in()
+        self._new = deque(generation for generation in self._new if not generation.gone)
+        for generation in [*self._running, *([self._filling] if self._filling else [])]:
+            if generation.gone:
+                self._leave(generation)
+
+    def _take_in(self) -> None:
+        while self._arrived:
+            self._new.append(self._arrived.popleft())
+
+    def _prefill(self, generation: Generation) -> int:
+        """Run a piece of a prompt; return its tokens."""
+        start, left = generation.done, len(generation.prompt) - generation.done
+        sizes = [size for size in self._prefills if not self._running or size <= self._piece]
+        size = next((size for size in sizes if size >= left), sizes[-1])
+        if 2 * left <= size:  # most of it would be padding
+            size = max((smaller for smaller in sizes if smaller <= left), default=size)
+        count = min(left, size)
+        tokens = torch.zeros(1, size, dtype=torch.int64)
+        tokens[0, :count] = torch.tensor(generation.prompt[start : start + count])
+        # What pads the piece is written behind the prompt, where it is overwritten before anybody looks at it.
+        positions = torch.arange(start, start + size).unsqueeze(0)
+        try:
+            logits = self._prefills[size](
+                tokens,
+                positions,
+                torch.tensor([generation.slot]),
+                torch.tensor([count - 1]),
+                self._mask(positions, start + size),
+            )
+        except Exception as error:
+            self._settle_failure(generation, error)
+            return 0
+        generation.done += count
+        if generation.is_prefilled:
+            self._filling = None
+            self._running.append(generation)
+            self._pick(generation, logits[0].cpu())
+        return count
+
+    def _decode_one(self, rows: Sequence[Generation]) -> None:
+        """Run one token of each row; where that fails each alone, once, so that only what fails then ends."""
+        positions = torch.tensor([generation.done for generation in rows])
+        try:
+            logits = self._decode(
+                torch.tensor([generation.tokens[-1] for generation in rows]),
+                positions,
+                torch.tensor([generation.slot for generation in rows]),
+                self._mask(positions, int(positions.max()) + 1),
+            )
+        except Exception as error:
+            if len(rows) == 1 or is_device_error(error):
+                self._settle_failure(rows[0], error)
+                return
+            for generation in rows:
+                self._decode_one([generation])
+            return
+        for generation, row in zip(rows, logits.cpu(), strict=True):
+            generation.done += 1
+            self._pick(generation, row)
+
+    def _settle_failure(self, generation: Generation, error: Exception) -> None:
+        """End a request with an error of the model's own; raise one of the device's, which concerns all."""
+        if is_device_error(error):
+            raise error
+        kind, message = describe(error)
+        logger.warning("the model failed on a request: %s: %s", kind, message)
+        self._end(generation, ModelFailed(f"the model failed on this request: {kind}: {message}"))
+
+    def _mask(self, positions: torch.Tensor, needed: int) -> torch.Tensor:
+        """Return which places each token sees: its own and those before, in the least span that holds them."""
+        span = next(span for span in self._spans if span >= min(needed, self.length))
+        return torch.arange(span) <= positions.unsqueeze(-1)
+
+    def _pick(self, generation: Generation, logits: torch.Tensor) -> None:
+        try:
+            picked = generation.sampler.pick(logits)
+        except Exception as error:  # it must not end the others
+            self._settle_failure(generation, error)
+            return
+        generation.tokens.append(picked.token)
+        if picked.token in generation.ends:
+            self._end(generation, "stop")
+            return
+        self._events.append((generation, picked))
+        if len(generation.tokens) == generation.most or generation.done + 1 >= self.length:
+            self._end(generation, "length")
+
+    def _end(self, generation: Generation, why: str | Exception) -> None:
+        self._leave(generation)
+        self._events.append((generation, why))
+
+    def _leave(self, generation: Generation) -> None:
+        if generation is self._filling:
+            self._filling = None
+        if generation in self._running:
+            self._running.remove(generation)
+        if generation.slot >= 0:
+            self._free.append(generation.slot)
+            self._free.sort()
+            generation.slot = -1

@@ -1,0 +1,98 @@
+"""The part of the OpenAPI description that is of models which generate text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deployments.completions import LEAST_TEMPERATURE, MOST_CHAT_LOGPROBS, MOST_LOGPROBS, MOST_STOPS, MOST_TEMPERATURE
+from deployments.generation_service import GenerationService
+
+Json = dict[str, Any]
+_TEXT: Json = {"type": "string"}
+_WHOLE: Json = {"type": "integer", "minimum": 1}
+_USAGE: Json = {
+    "type": "object",
+    "properties": {key: {"type": "integer"} for key in ("prompt_tokens", "completion_tokens", "total_tokens")},
+    "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
+}
+
+
+def completion_body(service: GenerationService) -> Json:
+    """Return the schema of what /v1/completions takes."""
+    tokens = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+    prompt = {
+        "oneOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": service.limits.items},
+            tokens,
+            {"type": "array", "items": tokens, "minItems": 1},
+        ]
+    }
+    return _body(
+        service, {"prompt": prompt}, logprobs={"type": ["integer", "null"], "minimum": 0, "maximum": MOST_LOGPROBS}
+    )
+
+
+def chat_body(service: GenerationService) -> Json:
+    """Return the schema of what /v1/chat/completions takes."""
+    part = {
+        "type": "object",
+        "properties": {"type": {"type": "string", "enum": ["text"]}, "text": _TEXT},
+        "required": ["type", "text"],
+    }
+    content = {"oneOf": [_TEXT, {"type": "array", "items": part}]}
+    message = {"type": "object", "properties": {"role": _TEXT, "content": content}, "required": ["role", "content"]}
+    return _body(
+        service,
+        {"messages": {"type": "array", "items": message, "minItems": 1}},
+        logprobs={"type": ["boolean", "null"]},
+        top_logprobs={"type": ["integer", "null"], "minimum": 0, "maximum": MOST_CHAT_LOGPROBS},
+        max_completion_tokens=_WHOLE,
+    )
+
+
+def _body(service: GenerationService, needed: Json, **own: Json) -> Json:
+    stop = {"oneOf": [_TEXT, {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MOST_STOPS}]}
+    properties = {
+        "model": {"type": "string", "enum": [service.name]},
+        **needed,
+        "max_tokens": _WHOLE,
+        "temperature": {"type": "number", "minimum": LEAST_TEMPERATURE, "maximum": MOST_TEMPERATURE},
+        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "top_k": {"type": "integer", "minimum": 0},
+        "seed": {"type": "integer"},
+        "stop": stop,
+        "stream": {"type": "boolean"},
+        "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
+        "user": _TEXT,
+        **own,
+    }
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": ["model", *needed],
+        "additionalProperties": False,
+    }
+
+
+def answer(*, chat: bool) -> Json:
+    """Return the content of a reply, whole or as events."""
+    message = {"type": "object", "properties": {"role": _TEXT, "content": _TEXT}, "required": ["role", "content"]}
+    text = {"message": message} if chat else {"text": _TEXT}
+    finish = {"type": "string", "enum": ["stop", "length"]}
+    choice = {
+        "type": "object",
+        "properties": {"index": {"type": "integer"}, "finish_reason": finish, **text},
+        "required": ["index", "finish_reason", *text],
+    }
+    reply = {
+        "type": "object",
+        "properties": {
+            **dict.fromkeys(("id", "object", "model"), _TEXT),
+            "created": {"type": "integer"},
+            "choices": {"type": "array", "items": choice},
+            "usage": _USAGE,
+        },
+        "required": ["id", "object", "created", "model", "choices", "usage"],
+    }
+    return {"application/json": {"schema": reply}, "text/event-stream": {"schema": _TEXT}}

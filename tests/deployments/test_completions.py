@@ -1,0 +1,124 @@
+"""What requests for text may say, and how what they may not is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deployments.completions import TextRequest, read_chat, read_completion, read_payload
+from deployments.errors import BadRequest, Unsupported
+from deployments.sampling import Sampling
+
+ASKED = {"model": "m", "prompt": "x"}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+
+def test_all_fields_of_a_completion_are_read() -> None:
+    wanted = read_completion(
+        {
+            **ASKED,
+            "prompt": ["a", "b"],
+            "max_tokens": 5,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 3,
+            "seed": 7,
+            "stop": ["x", "y"],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "logprobs": 2,
+            "n": 1,
+            "user": "me",
+        }
+    )
+    assert wanted == TextRequest(
+        "m", ["a", "b"], [], 5, ("x", "y"), Sampling(0.5, 3, 0.9, 7, 2), stream=True, with_usage=True
+    )
+
+
+def test_what_is_left_out_is_openais_default() -> None:
+    assert read_completion(ASKED) == TextRequest("m", ["x"], [], 16, (), Sampling(1.0, 0, 1.0, None, None))
+    assert read_chat(CHAT) == TextRequest("m", [], [{"role": "user", "content": "x"}])
+    assert read_chat({**CHAT, "max_tokens": 3, "max_completion_tokens": 4}).most == 4
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert read_chat({**CHAT, "messages": [{"role": "user", "content": parts}]}).messages[0]["content"] == "ab"
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2], [3]]])
+def test_prompts_may_be_token_ids(prompt: list[Any]) -> None:
+    assert read_completion({**ASKED, "prompt": prompt}).prompts in ([[1, 2]], [[1, 2], [3]])
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": None}, "prompt: a text"),
+    ({"prompt": []}, "prompt: a text"),
+    ({"prompt": [True]}, "prompt: a text"),
+    ({"prompt": ["a", 1]}, "prompt: a text"),
+    ({"model": 5}, "model: 5 is not the name of a model"),
+    ({"max_tokens": 0}, "max_tokens: 0 is not a whole number from 1"),
+    ({"max_tokens": True}, "max_tokens: True is not a whole number from 1"),
+    ({"max_tokens": 2.5}, "max_tokens: 2.5 is not a whole number"),
+    ({"temperature": -0.1}, "temperature: -0.1 is not a number from 0 to 2"),
+    ({"temperature": "hot"}, "temperature: 'hot' is not a number from 0 to 2"),
+    ({"temperature": 10**400}, "temperature: 10+ is not a number from 0 to 2"),
+    ({"top_p": 0}, "top_p: 0 is not a number above 0, up to 1"),
+    ({"top_k": -1}, "top_k: -1 is not a whole number from 0"),
+    ({"seed": 2**63}, "seed: 9223372036854775808 is not a whole number from"),
+    ({"logprobs": 6}, "logprobs: 6 is not a whole number from 0 to 5"),
+    ({"stop": ""}, "stop: ''"),
+    ({"stop": ["a"] * 5}, "stop: .* up to 4"),
+    ({"stop": [""]}, "stop: "),
+    ({"stream": "yes"}, "stream: 'yes' is not true or false"),
+    ({"stream_options": {}}, "stream_options: an object is needed, and `stream` true"),
+    ({"beams": 4}, "beams: unknown here; allowed are prompt, "),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_wrong_field_is_named_with_what_is_allowed(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        read_completion({**ASKED, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"messages": None}, "messages: a list with at least one message"),
+        ({"messages": [{"content": "x"}]}, r"messages\[0\]: an object with a role"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]\.content: a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"messages\[0\]\.content: a text"),
+        ({"top_logprobs": 3}, "top_logprobs: 3 needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: 21 is not a whole number from 0 to 20"),
+        ({"prompt": "x"}, "prompt: unknown here"),
+    ],
+)
+def test_a_wrong_field_of_a_chat_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        read_chat({**CHAT, **change})
+
+
+@pytest.mark.parametrize(
+    "change", [{"n": 2}, {"echo": True}, {"logit_bias": {"5": 1}}, {"presence_penalty": 1}, {"best_of": 3}]
+)
+def test_what_openai_has_and_this_server_has_not_is_said(change: dict[str, Any]) -> None:
+    with pytest.raises(Unsupported, match=f"{next(iter(change))}: .* is not served; leave it out"):
+        read_completion({**ASKED, **change})
+
+
+def test_images_in_a_chat_are_not_served() -> None:
+    content = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(Unsupported, match="parts of type image_url are not served; text is"):
+        read_chat({**CHAT, "messages": [{"role": "user", "content": content}]})
+
+
+def test_a_payload_is_a_prompt_or_a_completions_fields() -> None:
+    assert read_payload(b"hello").prompts == read_payload("hello").prompts == ["hello"]
+    assert read_payload({"prompt": "x", "max_new_tokens": 7}).most == 7
+    for payload in ({"prompt": ["a", "b"]}, {"prompt": "a", "stream": True}, {"prompt": "a", "logprobs": 1}):
+        with pytest.raises(BadRequest, match="one prompt at a time"):
+            read_payload(payload)
+    with pytest.raises(BadRequest, match="not UTF-8"):
+        read_payload(b"\xff")
+    with pytest.raises(BadRequest, match="must be a JSON object"):
+        read_payload([1, 2])

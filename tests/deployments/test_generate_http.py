@@ -1,0 +1,331 @@
+"""OpenAI's API for text over HTTP: whole and streamed, alone and beside others, and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+from starlette.routing import Route
+
+from deployments.generation_service import GenerationService
+from deployments.http import make_app
+from deployments.openapi import describe
+from tests.support.checkpoints import greedy, make_checkpoint
+from tests.support.http_server import listen
+from tests.support.local import generate_locally
+
+NAME = "text-generator"
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return make_checkpoint(folder)
+
+
+def arguments(folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": "deployments.generate:TextGenerator",
+        "model_args": {"checkpoint": str(folder)},
+        "pt2": {"compile": {"enable": False}},
+        "batching": {"batch_sizes": [1, 4], "max_queue": 12},
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path, model: Any) -> Iterator[GenerationService]:
+    with generate_locally(arguments(folder)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def url(service: GenerationService) -> Iterator[str]:
+    with listen(make_app(service)) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def wait_until_free(service: GenerationService) -> None:
+    for _ in range(500):
+        if not service.slots_in_use() and not service.admission.rows and not service.admission.bytes:  # type: ignore[attr-defined]
+            return
+        time.sleep(0.01)
+    raise AssertionError("what was held is not given back")
+
+
+def test_a_completion_is_what_transformers_generates(
+    client: openai.OpenAI, service: GenerationService, model: Any
+) -> None:
+    prompt = service.generator.encode("hello world")
+    assert prompt[0] == 0  # what the tokenizer puts before a text
+    expected = service.generator.tokenizer.decode(greedy(model, prompt, 30))
+    found = client.completions.create(model=NAME, prompt="hello world", max_tokens=30, temperature=0)
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (expected, "length")
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(prompt), 30)
+    by_ids = client.completions.create(model=NAME, prompt=prompt, max_tokens=30, temperature=0)
+    assert by_ids.choices[0].text == expected
+
+
+def test_a_stream_has_the_same_text_and_its_usage_at_the_end(client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": NAME, "prompt": "hello", "max_tokens": 40, "temperature": 0}
+    whole = client.completions.create(**how)
+    events = list(client.completions.create(**how, stream=True, stream_options={"include_usage": True}))
+    assert "".join(e.choices[0].text for e in events if e.choices) == whole.choices[0].text
+    assert [e.choices[0].finish_reason for e in events if e.choices][-1] == "length"
+    assert len(events) > 5
+    assert (events[-1].choices, events[-1].usage) == ([], whole.usage)
+
+
+def test_a_chat_goes_by_the_tokenizers_template(client: openai.OpenAI, service: GenerationService, model: Any) -> None:
+    prompt = service.generator.tokenizer.encode("<s>user: hi\nassistant:", add_special_tokens=False).ids
+    expected = service.generator.tokenizer.decode(greedy(model, prompt, 12))
+    how: dict[str, Any] = {"model": NAME, "messages": CHAT, "max_tokens": 12, "temperature": 0}
+    found = client.chat.completions.create(**how)
+    assert found.choices[0].message.content == expected
+    assert found.usage is not None and found.usage.prompt_tokens == len(prompt)
+    events = list(client.chat.completions.create(**how, stream=True))
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(e.choices[0].delta.content or "" for e in events) == expected
+    assert events[-1].choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="messages: no such role: judge"):
+        client.chat.completions.create(model=NAME, messages=[{"role": "judge", "content": "x"}])  # type: ignore[list-item, misc]
+
+
+def test_eight_streams_at_once_have_the_texts_that_each_has_alone(url: str) -> None:
+    async def stream(client: openai.AsyncOpenAI, number: int) -> str:
+        text = ""
+        how: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "seed": number, "max_tokens": 20 + 9 * number}
+        events = await client.completions.create(model=NAME, prompt="hello " * (number + 1), stream=True, **how)
+        async for event in events:
+            text += event.choices[0].text
+        return text
+
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            alone = [await stream(client, number) for number in range(8)]
+            assert await asyncio.gather(*(stream(client, number) for number in range(8))) == alone
+            assert len(set(alone)) == 8
+
+    asyncio.run(run())
+
+
+def test_several_prompts_are_answered_in_their_order(client: openai.OpenAI) -> None:
+    prompts = ["a", "b b b b", "hello"]
+    how: dict[str, Any] = {"model": NAME, "max_tokens": 9, "temperature": 0}
+    alone = [client.completions.create(prompt=prompt, **how).choices[0].text for prompt in prompts]
+    found = client.completions.create(prompt=prompts, **how)
+    assert [(c.index, c.text) for c in found.choices] == list(enumerate(alone))
+    texts = ["", "", ""]
+    for event in client.completions.create(prompt=prompts, stream=True, **how):
+        texts[event.choices[0].index] += event.choices[0].text
+    assert texts == alone
+
+
+def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI, service: GenerationService) -> None:
+    how: dict[str, Any] = {"model": NAME, "prompt": "hello", "temperature": 0}
+    text = client.completions.create(max_tokens=60, **how).choices[0].text
+    stop = text[20:23]
+    found = client.completions.create(max_tokens=400, stop=[stop, "never so"], **how)
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (text[: text.index(stop)], "stop")
+    events = list(client.completions.create(max_tokens=400, stop=stop, stream=True, **how))
+    assert "".join(e.choices[0].text for e in events) == text[: text.index(stop)]
+    wait_until_free(service)
+
+
+def test_an_end_token_ends_the_answer(folder: Path, model: Any) -> None:
+    prompt = [0, 5, 6]
+    expected = greedy(model, prompt, 5)
+    with generate_locally(arguments(folder)) as service:
+        service.generator.ends = frozenset([expected[3]])
+        with listen(make_app(service)) as port:
+            body = {"model": NAME, "prompt": prompt, "max_tokens": 50, "temperature": 0}
+            reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body).json()
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    assert reply["usage"]["completion_tokens"] == expected.index(expected[3])
+
+
+def test_log_probabilities_come_with_each_token(client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": NAME, "max_tokens": 6, "temperature": 0}
+    logprobs = client.completions.create(prompt="hello", logprobs=3, **how).choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens is not None and logprobs.top_logprobs is not None
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs or []) == len(logprobs.text_offset or []) == 6
+    for value, top in zip(logprobs.token_logprobs or [], logprobs.top_logprobs, strict=True):
+        assert value == max(top.values()) <= 0
+    asked = {**how, "messages": CHAT, "logprobs": True}
+    found: Any = client.chat.completions.create(**asked, top_logprobs=2)
+    content = found.choices[0].logprobs.content
+    assert len(content) == 6
+    assert all(one.logprob == one.top_logprobs[0].logprob and len(one.top_logprobs) == 2 for one in content)
+    events: Any = list(client.chat.completions.create(**asked, stream=True))
+    streamed = [one for e in events if e.choices[0].logprobs for one in e.choices[0].logprobs.content]
+    assert [one.token for one in streamed] == [one.token for one in content]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("/v1/completions", {"model": NAME, "prompt": "x", "max_tokens": 0}, 400, "max_tokens: 0 is not"),
+        ("/v1/completions", {"model": NAME, "prompt": [300]}, 400, "not in the vocabulary (0 to 299)"),
+        ("/v1/completions", {"model": NAME, "prompt": [5] * 600}, 400, "the prompt has 600 tokens; fewer than 512"),
+        ("/v1/completions", {"model": NAME, "prompt": "x" * 100_000}, 400, "the prompt has 100000 characters"),
+        ("/v1/completions", {"model": NAME, "prompt": "\ud800"}, 400, "half of a surrogate pair"),
+        ("/v1/completions", {"model": "other", "prompt": "x"}, 404, "Model not found: other"),
+        ("/v1/completions", {"prompt": "x"}, 400, "model: the name of a model is needed"),
+        ("/v1/completions", {"model": NAME, "prompt": "x", "n": 2}, 501, "n: 2 is not served"),
+        ("/v1/completions", {"model": NAME, "prompt": ["x"] * 13}, 400, "at most 12 are allowed (batching.max_queue)"),
+        ("/v1/chat/completions", {"model": NAME, "messages": []}, 400, "messages: a list with at least one"),
+        ("/v1/embeddings", {"model": NAME, "input": "x"}, 404, "no such path"),
+        ("/v2/models/text-generator/infer", {"inputs": []}, 501, "takes no tensors"),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_protocols_own_shape(
+    url: str, service: GenerationService, path: str, body: dict[str, Any], status: int, message: str
+) -> None:
+    reply = httpx.post(url + path, content=json.dumps(body).encode())
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert message in (error if path.startswith("/v2") else error["message"])
+    assert reply.headers.get("x-should-retry") == ("false" if path.startswith("/v1") and status == 501 else None)
+    wait_until_free(service)
+
+
+def test_a_payload_is_answered_as_torchserve_would(url: str, client: openai.OpenAI) -> None:
+    expected = client.completions.create(model=NAME, prompt="hello", max_tokens=8, temperature=0).choices[0].text
+    body = {"prompt": "hello", "max_new_tokens": 8, "temperature": 0}
+    reply = httpx.post(f"{url}/predictions/{NAME}", json=body)
+    assert (reply.status_code, reply.text, reply.headers["content-type"]) == (
+        200,
+        expected,
+        "text/plain; charset=utf-8",
+    )
+    assert httpx.post(f"{url}/predictions/{NAME}", content=b"hello").status_code == 200
+    description = httpx.get(f"{url}/models/{NAME}").json()[0]
+    assert set(description["compileReport"]["functions"]) == {"decode", "prefill 32", "prefill 256"}
+    assert httpx.get(f"{url}/v2/models/{NAME}").json()["inputs"] == []
+
+
+def test_who_hangs_up_frees_the_slot(url: str, service: GenerationService) -> None:
+    port = int(url.rpartition(":")[2])
+    body = json.dumps({"model": NAME, "prompt": "x", "max_tokens": 500, "stream": True, "seed": 1}).encode()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        assert b"200 OK" in connection.recv(4096)
+        assert service.slots_in_use()  # type: ignore[attr-defined]
+    wait_until_free(service)
+
+
+def test_a_deadline_ends_a_reply_and_a_stream(url: str, service: GenerationService) -> None:
+    body = {"model": NAME, "prompt": "x", "max_tokens": 500, "seed": 1}
+    headers = {"x-request-timeout-seconds": "0.2"}
+    reply = httpx.post(f"{url}/v1/completions", json=body, headers=headers)
+    assert (reply.status_code, "deadline" in reply.json()["error"]["message"]) == (408, True)
+    reply = httpx.post(f"{url}/v1/completions", json={**body, "stream": True}, headers=headers)
+    events = [line for line in reply.text.split("\n\n") if line]
+    assert reply.status_code == 200
+    assert "deadline" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
+    assert "data: [DONE]" not in events
+    wait_until_free(service)
+
+
+def test_what_is_over_the_queue_is_refused_at_once(client: openai.OpenAI, service: GenerationService) -> None:
+    streams = [
+        client.completions.create(model=NAME, prompt=["x"] * 4, max_tokens=500, stream=True, seed=1) for _ in range(3)
+    ]
+    with pytest.raises(openai.InternalServerError, match="the queue is full") as refused:
+        client.completions.create(model=NAME, prompt="x")
+    assert refused.value.status_code == 503
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    for stream in streams:
+        stream.close()
+    wait_until_free(service)
+    assert client.completions.create(model=NAME, prompt="x").choices
+
+
+def test_the_field_that_is_wrong_is_named(url: str) -> None:
+    body = {"model": NAME, "prompt": "x", "temperature": 9}
+    error = httpx.post(f"{url}/v1/completions", json=body).json()["error"]
+    assert (error["param"], error["type"]) == ("temperature", "invalid_request_error")
+
+
+def test_a_prompt_is_neither_cut_off_nor_filled_up_by_how_the_tokenizer_was_saved(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    tokenizer["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 1,
+        "pad_type_id": 0,
+        "pad_token": "</s>",
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with generate_locally(arguments(tmp_path)) as service:
+        assert len(service.generator.encode("a")) == 2
+        assert len(service.generator.encode("abcdefgh")) == 9
+
+
+def test_what_a_template_raises_is_the_requests_fault(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, template="{{ messages[0].content + 1 }}")
+    with generate_locally(arguments(tmp_path)) as service, listen(make_app(service)) as port:
+        body = {"model": NAME, "messages": CHAT}
+        reply = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages")
+
+
+def test_a_model_without_a_template_has_no_chat(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, template=None)
+    with generate_locally(arguments(tmp_path)) as service, listen(make_app(service)) as port:
+        body = {"model": NAME, "messages": CHAT}
+        reply = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body)
+    assert reply.status_code == 400
+    assert "no chat template; ask /v1/completions" in reply.json()["error"]["message"]
+
+
+def test_every_route_is_described(service: GenerationService) -> None:
+    described = {(path, method) for path, methods in describe(service)["paths"].items() for method in methods}
+    routes = [route for route in make_app(service).routes if isinstance(route, Route)]
+    served = {(r.path, m.lower()) for r in routes for m in (r.methods or ()) if m != "HEAD"}
+    assert {path.rpartition("/")[2] for path, _ in served - described} == {"openapi.json", "infer"}
+    assert described <= served
+
+
+def test_a_broken_device_is_told_to_all_and_the_replica_is_not_healthy(folder: Path, model: Any) -> None:
+    with generate_locally(arguments(folder)) as service, listen(make_app(service)) as port:
+        with httpx.stream(
+            "POST",
+            f"http://127.0.0.1:{port}/v1/completions",
+            json={"model": NAME, "prompt": "x", "max_tokens": 500, "stream": True},
+        ) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+
+            def fail(*inputs: Any) -> Any:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+            service.running._decode = fail  # type: ignore[attr-defined]
+            last = [line for line in lines if line][-1]
+        assert "the device failed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 503
+        body = {"model": NAME, "prompt": "x"}
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body).status_code == 503

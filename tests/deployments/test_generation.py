@@ -1,0 +1,253 @@
+"""Requests join and leave between steps, each with the tokens that it gets alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.args import ModelArgs
+from deployments.compile import compile_generator, slots_of
+from deployments.errors import ModelFailed
+from deployments.generate import TextGenerator
+from deployments.generation import Generation, Slots, Step
+from deployments.sampling import Picked, Sampler, Sampling
+from tests.support.checkpoints import SHAPES, greedy, make_checkpoint
+
+VOCABULARY = 50
+GREEDY = Sampling(temperature=0)
+
+
+class Counting:
+    """Stands in for both functions where it is about whose turn it is: the next token is the last one plus 1."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.fails_on: set[int] = set()
+
+    def prefill(self, *inputs: torch.Tensor) -> torch.Tensor:
+        tokens, positions, slots, last, mask = inputs
+        self.calls.append(("prefill", tokens.shape[1], int(slots[0])))
+        real = int(last) + 1
+        assert mask[0, :real].sum(-1).tolist() == (positions[0, :real] + 1).tolist()
+        return self._logits(tokens[0, last])
+
+    def decode(self, *inputs: torch.Tensor) -> torch.Tensor:
+        tokens, positions, slots, mask = inputs
+        self.calls.append(("decode", tuple(slots.tolist())))
+        assert mask.sum(-1).tolist() == (positions + 1).tolist()
+        assert len(set(slots.tolist())) == len(slots)
+        if self.fails_on & set(tokens.tolist()):
+            raise ValueError("a poisonous token")
+        return self._logits(tokens)
+
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot((tokens + 1) % VOCABULARY, VOCABULARY).float()
+
+
+def make_slots(run: Counting, slots: int = 2, spans: tuple[int, ...] = (8, 32)) -> Slots:
+    return Slots({4: run.prefill, 16: run.prefill}, run.decode, spans, slots, 4)
+
+
+def ask(slots: Slots, prompt: list[int], most: int | None = 3, **more: Any) -> Generation:
+    generation = Generation(prompt, Sampler(GREEDY), most, **more)
+    slots.add(generation)
+    return generation
+
+
+def finish(slots: Slots) -> list[Step]:
+    steps = []
+    while len(slots):
+        steps.append(slots.step())
+        assert len(steps) < 1000
+    return steps
+
+
+def ends(steps: list[Step]) -> dict[int, Any]:
+    return {id(g): what for step in steps for g, what in step.events if not isinstance(what, Picked)}
+
+
+def test_requests_join_and_leave_between_steps() -> None:
+    run = Counting()
+    slots = make_slots(run)
+    first, second, third = ask(slots, [1], 4), ask(slots, [10], 7), ask(slots, [20], 2)
+    finish(slots)
+    assert first.tokens == [2, 3, 4, 5]
+    assert second.tokens == list(range(11, 18))
+    assert third.tokens == [21, 22]
+    # The third waits until the first has left, and takes its slot.
+    assert [call[-1] for call in run.calls if call[0] == "prefill"] == [0, 1, 0]
+    assert ("decode", (1, 0)) in run.calls or ("decode", (0, 1)) in run.calls
+
+
+def test_a_long_prompt_is_run_in_pieces_that_let_the_others_go_on() -> None:
+    run = Counting()
+    slots = make_slots(run)
+    ask(slots, [1], 12)
+    slots.step()
+    ask(slots, list(range(16)), 1)
+    finish(slots)
+    kinds = [call[:2] for call in run.calls]
+    pieces = [index for index, call in enumerate(kinds) if call == ("prefill", 4)][1:]
+    assert len(pieces) == 4
+    assert all(kinds[index + 1][0] == "decode" for index in pieces)
+    # Alone it is run in the largest piece.
+    run.calls.clear()
+    ask(slots, list(range(16)), 1)
+    finish(slots)
+    assert [call[:2] for call in run.calls] == [("prefill", 16)]
+
+
+def test_no_piece_is_mostly_padding() -> None:
+    run = Counting()
+    slots = make_slots(run)
+    ask(slots, list(range(6)), 1)
+    finish(slots)
+    assert [call[1] for call in run.calls] == [4, 4]
+    run.calls.clear()
+    ask(slots, list(range(9)), 1)
+    finish(slots)
+    assert [call[1] for call in run.calls] == [16]
+
+
+def test_who_goes_away_frees_the_slot_at_the_next_step() -> None:
+    slots = make_slots(Counting(), slots=1)
+    gone, waiting = ask(slots, [1], None), ask(slots, [5], 1)
+    slots.step()
+    count = len(gone.tokens)
+    gone.gone = True
+    steps = finish(slots)
+    assert len(gone.tokens) == count
+    assert waiting.tokens == [6]
+    assert ends(steps) == {id(waiting): "length"}
+    queued = ask(slots, [1], None)
+    queued.gone = True
+    assert not any(step.events for step in finish(slots))
+
+
+def test_an_end_token_is_told_as_stop_and_not_given_out() -> None:
+    slots = make_slots(Counting())
+    generation = ask(slots, [1], None, ends=frozenset([4]))
+    steps = finish(slots)
+    told = [what for step in steps for _, what in step.events]
+    assert told == [Picked(2), Picked(3), "stop"]
+    assert ends(steps) == {id(generation): "stop"}
+
+
+def test_a_request_ends_where_its_slot_is_full() -> None:
+    slots = make_slots(Counting())
+    generation = ask(slots, list(range(30)), None)
+    assert ends(finish(slots)) == {id(generation): "length"}
+    assert 30 + len(generation.tokens) == 32
+
+
+def test_what_one_request_raises_ends_that_one_alone() -> None:
+    run = Counting()
+    slots = make_slots(run, slots=3)
+    good, bad, other = ask(slots, [1], 8), ask(slots, [20], 8), ask(slots, [30], 8)
+    run.fails_on = {23}
+    found = ends(finish(slots))
+    assert good.tokens == list(range(2, 10))
+    assert other.tokens == list(range(31, 39))
+    assert isinstance(found.pop(id(bad)), ModelFailed)
+    assert bad.tokens == [21, 22, 23]
+    assert set(found.values()) == {"length"}
+
+
+def test_a_token_that_cannot_be_picked_ends_that_request_alone() -> None:
+    class Broken(Sampler):
+        def pick(self, logits: torch.Tensor) -> Picked:
+            raise IndexError("nothing is left")
+
+    slots = make_slots(Counting())
+    good = ask(slots, [1], 5)
+    bad = Generation([5], Broken(GREEDY), 5)
+    slots.add(bad)
+    found = ends(finish(slots))
+    assert good.tokens == [2, 3, 4, 5, 6]
+    assert isinstance(found[id(bad)], ModelFailed)
+
+
+def test_what_the_device_raises_is_for_all() -> None:
+    run = Counting()
+
+    def fail(*inputs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    slots = Slots({4: run.prefill}, fail, (8,), 2, 4)
+    generation = ask(slots, [1])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        slots.step()
+    assert ends([slots.fail(ModelFailed("gone"))]).keys() == {id(generation)}
+    assert not len(slots)
+
+
+def load(folder: Path, **batching: Any) -> tuple[TextGenerator, ModelArgs]:
+    args = ModelArgs.parse(
+        {
+            "model": "deployments.generate:TextGenerator",
+            "model_args": {"checkpoint": str(folder), "length": 256, "prefill": [8, 32]},
+            "pt2": {"compile": {"enable": False}, "verify": {"warmup_calls": 3}},
+            "batching": {"batch_sizes": [1, 2, 4], "lengths": [64, 256], **batching},
+        }
+    )
+    generator = args.make_model()
+    assert isinstance(generator, TextGenerator)
+    return generator, args
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_answers_are_those_of_transformers_alone_and_in_any_mix(tmp_path: Path, shape: str) -> None:
+    model = make_checkpoint(tmp_path, shape)
+    generator, args = load(tmp_path)
+    models = compile_generator(generator, args, "cpu", 1)
+    slots = slots_of(models, generator, args)
+    torch.manual_seed(2)
+    prompts = [torch.randint(2, 300, (size,)).tolist() for size in (3, 1, 40, 17, 8, 50)]
+    expected = [greedy(model, prompt, 200) for prompt in prompts]
+    alone = ask(slots, prompts[2], 200, ends=generator.ends)
+    finish(slots)
+    assert [t for t in alone.tokens if t not in generator.ends] == expected[2]
+    mixed = []
+    for prompt in prompts:  # each comes when the ones before it are at different places
+        mixed.append(ask(slots, prompt, 200, ends=generator.ends))
+        for _ in range(7):
+            slots.step()
+    finish(slots)
+    assert [[t for t in g.tokens if t not in generator.ends] for g in mixed] == expected
+
+
+def test_compiled_answers_are_the_same_and_nothing_compiles_while_serving(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path)
+    args = ModelArgs.parse(
+        {
+            "model": "deployments.generate:TextGenerator",
+            "model_args": {"checkpoint": str(tmp_path), "length": 128, "prefill": [16]},
+            "pt2": {
+                "compile": {"backend": "inductor", "only_if_faster": False},
+                "fallback": "fail",
+                "cache": {"enable": False},
+            },
+            "batching": {"batch_sizes": [1, 3]},
+        }
+    )
+    generator = args.make_model()
+    assert isinstance(generator, TextGenerator)
+    models = compile_generator(generator, args, "cpu", 2)
+    assert {name: {b.engine for b in m.report.buckets} for name, m in models.items()} == {
+        "decode": {"inductor"},
+        "prefill 16": {"inductor"},
+    }
+    assert {name: m.report.attention for name, m in models.items()} == {"decode": "math", "prefill 16": None}
+    slots = slots_of(models, generator, args)
+    torch.manual_seed(2)
+    prompts = [torch.randint(2, 300, (size,)).tolist() for size in (3, 40, 17, 8)]
+    asked = [ask(slots, prompt, 60, ends=generator.ends) for prompt in prompts]
+    finish(slots)
+    expected = [greedy(model, prompt, 60) for prompt in prompts]
+    assert [[t for t in g.tokens if t not in generator.ends] for g in asked] == expected
+    for compiled in models.values():
+        after = compiled.report.after_ready
+        assert (after.compilations, after.failed_runs, after.shapes_without_bucket) == (0, 0, 0)

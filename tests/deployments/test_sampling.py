@@ -1,0 +1,77 @@
+"""How the next token is picked: as Hugging Face's generation does it, the same for the same seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from deployments.sampling import Sampler, Sampling
+
+
+def draw(logits: torch.Tensor, count: int, **how: Any) -> list[int]:
+    sampler = Sampler(Sampling(**how))
+    return [sampler.pick(logits).token for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_k": 5},
+        {"top_p": 0.8},
+        {"temperature": 0.9, "top_k": 8, "top_p": 0.6},
+        {"top_k": 10_000},
+        {"top_p": 1e-9},
+    ],
+)
+def test_tokens_come_as_often_as_with_transformers(how: dict[str, Any]) -> None:
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
+    warped = TemperatureLogitsWarper(how.get("temperature", 1.0))(None, logits.unsqueeze(0))
+    if "top_k" in how:
+        warped = TopKLogitsWarper(how["top_k"])(None, warped)
+    if "top_p" in how:
+        warped = TopPLogitsWarper(how["top_p"])(None, warped)
+    expected = warped[0].softmax(-1)
+    count = 4000
+    found = Counter(draw(logits, count, seed=1, **how))
+    assert all(expected[token] > 0 for token in found)
+    for token, probability in enumerate(expected.tolist()):
+        deviation = (probability * (1 - probability) / count) ** 0.5
+        assert abs(found[token] / count - probability) <= 5 * deviation + 1e-3
+
+
+def test_temperature_0_takes_the_likeliest() -> None:
+    logits = torch.tensor([0.1, 5.0, 2.0])
+    assert draw(logits, 5, temperature=0) == [1] * 5
+
+
+def test_a_seed_gives_the_same_tokens_and_others_give_others() -> None:
+    logits = torch.zeros(1000)
+    first = draw(logits, 20, seed=7)
+    torch.manual_seed(5)  # what others draw is no matter
+    assert draw(logits, 20, seed=7) == first
+    assert draw(logits, 20, seed=8) != first
+    assert draw(logits, 20) != draw(logits, 20)
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    picked = Sampler(Sampling(temperature=0.5, top_k=3, seed=1, logprobs=4)).pick(logits)
+    expected = logits.log_softmax(-1)
+    assert picked.logprob == pytest.approx(float(expected[picked.token]))
+    assert [token for token, _ in picked.top] == expected.topk(4).indices.tolist()
+    assert [value for _, value in picked.top] == pytest.approx(expected.topk(4).values.tolist())
+
+
+@pytest.mark.parametrize("how", [{"top_p": 1e-300}, {"temperature": 1e-40}, {"temperature": 1e-40, "top_p": 0.9}])
+def test_what_leaves_nothing_else_takes_the_likeliest(how: dict[str, Any]) -> None:
+    assert draw(torch.tensor([0.1, 5.0, 2.0]), 5, **how) == [1] * 5
+
+
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.5}, {"top_k": 2}, {"temperature": 0}])
+def test_logits_that_are_no_numbers_give_some_token(how: dict[str, Any]) -> None:
+    assert draw(torch.full((4,), torch.nan), 1, **how)[0] in range(4)
