@@ -1,0 +1,276 @@
+"""Tokens a second of a decoder with random weights: python -m benchmarks.generate [--device cuda] [--size 1b].
+
+Eager against compiled, float against int8, for 1 and 8 callers, beside `transformers.generate` (eager, and with its
+static cache and compiled) where transformers is installed; everything in one process, in turns, without Ray. The share
+of bandwidth is what a step has to read (weights, and the places of the cache that are looked at) by its time, against a
+copy measured in the same run, which counts what it reads and what it writes. Last, what a newcomer with a prompt of 128
+tokens waits for its first token while others generate, and what they wait between tokens meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe_machine
+from deployments.compile import compile_functions
+from deployments.decoder import Decoder, DecoderConfig
+from deployments.decoder_functions import make_functions, make_slots
+from deployments.generation import Generation, Run, Slots
+from deployments.int8 import quantize
+from deployments.sampling import Sampler, Sampling
+
+#: Shapes by the number of their parameters; as Llama's own.
+SIZES: dict[str, dict[str, Any]] = {
+    "100m": {
+        "vocab_size": 16_000,
+        "hidden_size": 768,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "1b": {  # Llama 3.2 1B
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+}
+SPAN, PROMPT, PIECES, CALLERS = 512, 32, (32, 128), (1, 8)
+
+
+def make_decoder(size: str, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """Return a decoder with random weights and a cache of 8 slots."""
+    config = DecoderConfig.read({"model_type": "llama", "max_position_embeddings": 2048, **SIZES[size]})
+    torch.manual_seed(0)
+    with torch.device(device):
+        decoder = Decoder(config)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    decoder = decoder.to(dtype).eval().requires_grad_(False)
+    decoder.make_cache(max(CALLERS), SPAN + max(PIECES))
+    return decoder
+
+
+def measure_copy(device: torch.device) -> float:
+    """Return GB/s of copying 400 MB, read and written; the best of five."""
+    source = torch.ones(100_000_000, device=device)  # memory that was never written is one page, in the CPU's cache
+    target = torch.zeros_like(source)
+    best = 0.0
+    for _ in range(5):
+        _wait(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - started))
+    return best / 1e9
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def bytes_per_step(decoder: Decoder, callers: int) -> int:
+    """Return what one step of decoding reads: every weight but the rows of the embedding, and the cache's places."""
+    tensors = [*decoder.parameters(), *(b for n, b in decoder.named_buffers() if n.endswith((".weight", ".scale")))]
+    weights = sum(t.nbytes for t in tensors)
+    if decoder.head.weight is not decoder.embedding.weight:
+        weights -= decoder.embedding.weight.nbytes
+    config = decoder.config
+    cache = 2 * config.layers * config.kv_heads * config.head_dim * SPAN * decoder.embedding.weight.element_size()
+    return weights + callers * cache
+
+
+def decode(slots: Slots, callers: int, tokens: int, vocabulary: int) -> float:
+    """Return tokens a second of so many callers: from when all prompts are in the cache until the first has ended."""
+    asked = [_ask(slots, number, PROMPT, tokens, vocabulary) for number in range(callers)]
+    while not all(generation.tokens for generation in asked):
+        slots.step()
+    before = sum(len(generation.tokens) for generation in asked)
+    started = time.perf_counter()
+    while len(slots) == callers:
+        slots.step()
+    speed = (sum(len(generation.tokens) for generation in asked) - before) / (time.perf_counter() - started)
+    while len(slots):
+        slots.step()
+    return speed
+
+
+def join(slots: Slots, vocabulary: int) -> tuple[float, list[float]]:
+    """Return ms until a newcomer's first token beside seven others, and the ms between the others' meanwhile."""
+    others = [_ask(slots, number, PROMPT, 200, vocabulary) for number in range(7)]
+    while not all(generation.tokens for generation in others):
+        slots.step()
+    newcomer = _ask(slots, 7, 128, 200, vocabulary)
+    started = last = time.perf_counter()
+    gaps = []
+    while not newcomer.tokens:
+        slots.step()
+        now = time.perf_counter()
+        gaps.append((now - last) * 1e3)
+        last = now
+    for generation in (*others, newcomer):
+        generation.gone = True
+    slots.step()
+    return (last - started) * 1e3, gaps
+
+
+def _ask(slots: Slots, seed: int, prompt: int, tokens: int, vocabulary: int) -> Generation:
+    ids = torch.randint(vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed)).tolist()
+    generation = Generation(ids, Sampler(Sampling(temperature=0)), tokens)
+    slots.add(generation)
+    return generation
+
+
+def transformers_runs(size: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[int, int], float]]:
+    """Return `generate` of transformers, eager and with its static cache compiled: callers and tokens to tokens/s."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    config = transformers.LlamaConfig(max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, **SIZES[size])
+    torch.manual_seed(0)
+    made: Any = transformers.LlamaForCausalLM(config)
+    model: Any = made.to(device=device, dtype=dtype).eval()
+    eager: Any = model.forward
+    compiled: Any = torch.compile(eager, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+
+    def run(forward: Any, callers: int, tokens: int, cache: Any = None) -> float:
+        model.forward = forward
+        prompt = torch.randint(SIZES[size]["vocab_size"], (callers, PROMPT), device=device)
+        seconds = []
+        for count in (8, 8 + tokens):  # the prompt's part is in both
+            if cache is not None:
+                cache.reset()
+            _wait(device)
+            started = time.perf_counter()
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+                past_key_values=cache,
+            )
+            _wait(device)
+            seconds.append(time.perf_counter() - started)
+        return callers * tokens / (seconds[1] - seconds[0])
+
+    # One cache for each number of callers, of one size, else it compiles anew each time.
+    caches = {callers: transformers.StaticCache(config=config, max_cache_len=SPAN) for callers in CALLERS}
+
+    def run_eager(callers: int, tokens: int) -> float:
+        return run(eager, callers, tokens)
+
+    def run_compiled(callers: int, tokens: int) -> float:
+        return run(compiled, callers, tokens, caches[callers])
+
+    return {"transformers, eager": run_eager, "transformers, static cache, compiled": run_compiled}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=list(SIZES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each caller that are timed")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--decode", choices=["math", "efficient", "flash"], default="math", help="its attention")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    device = torch.device(arguments.device)
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(arguments.threads)
+    size = arguments.size or ("100m" if on_cpu else "1b")
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    print(f"{describe_machine()}; {size}, {str(dtype).removeprefix('torch.')}, {SPAN} places, prompt {PROMPT}")
+    with torch.no_grad():
+        _measure(size, device, dtype, arguments)
+
+
+def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace) -> None:
+    decoder = make_decoder(size, device, dtype)
+    parameters = sum(p.numel() for p in decoder.parameters())
+    vocabulary = decoder.config.vocabulary
+    eager = make_functions(decoder, CALLERS, [SPAN], PIECES)
+    int8 = make_decoder(size, device, torch.float32)
+    quantize(int8)
+    int8.to(torch.bfloat16).make_cache(max(CALLERS), SPAN + max(PIECES))
+    # `eager` does not move inputs to the device.
+    on_device: dict[str, Run] = {name: _on(device, f.module) for name, f in eager.items()}
+    slots = {"ours, eager": make_slots(on_device, max(CALLERS), [SPAN], PIECES)}
+    for name, one in (("ours", decoder), ("ours, int8", int8)):
+        one.fuse_attention(arguments.decode == "math")
+        functions = make_functions(one, CALLERS, [SPAN], PIECES)
+        started = time.perf_counter()
+        models = compile_functions(functions, {"attention": {"decode": arguments.decode}}, device.type)
+        print(f"{name}: compiled in {time.perf_counter() - started:.0f} s; ", end="")
+        print("; ".join(f"{n}: {', '.join(_row(b) for b in m.report.buckets)}" for n, m in models.items()))
+        slots[name] = make_slots(models, max(CALLERS), [SPAN], PIECES)
+    read = {"ours, eager": decoder, "ours": decoder, "ours, int8": int8}
+    runs: dict[str, Callable[[int, int], float]] = {
+        name: lambda callers, tokens, found=found: decode(found, callers, tokens, vocabulary)  # type: ignore[misc]
+        for name, found in slots.items()
+    }
+    if importlib.util.find_spec("transformers"):
+        runs |= transformers_runs(size, device, dtype)
+    speeds = _time_in_turn(runs, arguments.tokens, arguments.rounds)
+    copy = measure_copy(device)
+    print(f"{parameters / 1e6:.0f}M parameters; copy {copy:.1f} GB/s\n")
+    base = speeds.get("transformers, eager", speeds["ours, eager"])
+    print(
+        "| tokens/s | 1 caller | x the first | of the bandwidth | 8 callers | x 1 caller |\n|---|---|---|---|---|---|"
+    )
+    for name in sorted(speeds, key=lambda name: speeds[name][1]):
+        alone, together = (speeds[name][callers] for callers in CALLERS)
+        share = f"{bytes_per_step(read[name], 1) * alone / copy / 1e9:.0%}" if name in read else ""
+        print(f"| {name} | {alone:.1f} | {alone / base[1]:.2f} | {share} | {together:.1f} | {together / alone:.2f} |")
+    print("\n| a newcomer beside seven | first token, ms | between the others' tokens, ms: median | largest |")
+    print("|---|---|---|---|")
+    for name, found in slots.items():
+        first, gaps = join(found, vocabulary)
+        print(f"| {name} | {first:.0f} | {median(gaps):.1f} | {max(gaps):.1f} |")
+
+
+def _on(device: torch.device, module: Callable[..., torch.Tensor]) -> Run:
+    return lambda *inputs: module(*(tensor.to(device) for tensor in inputs))
+
+
+def _row(bucket: Any) -> str:
+    return f"{bucket.bucket} {bucket.engine} {bucket.ms:.1f} ms"
+
+
+def _time_in_turn(
+    runs: Mapping[str, Callable[[int, int], float]], tokens: int, rounds: int
+) -> dict[str, dict[int, float]]:
+    """Return the median tokens/s of each, by callers; the first round of each warms up and is not counted."""
+    found: dict[str, dict[int, list[float]]] = {name: {callers: [] for callers in CALLERS} for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            for callers in CALLERS:
+                speed = run(callers, tokens if number else 8)
+                if number:
+                    found[name][callers].append(speed)
+            gc.collect()
+    return {name: {callers: median(speeds) for callers, speeds in by.items()} for name, by in found.items()}
+
+
+if __name__ == "__main__":
+    main()
