@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -259,6 +260,31 @@ def test_what_is_over_the_queue_is_refused_at_once(client: openai.OpenAI, servic
         stream.close()
     wait_until_free(service)
     assert client.completions.create(model=NAME, prompt="x").choices
+
+
+def test_fields_of_any_values_get_an_answer_or_an_error_that_names_them(url: str, service: GenerationService) -> None:
+    values: list[Any] = [None, True, -1, 0, 1, 2**63, 10**400, -0.5, 1e308, "", "x", "\ud800", "\0", [], {}, [1], [[1]]]
+    values += [["a"], {"a": {}}, [None], [[[]]], "\u00e9" * 300, {"role": "user"}, [{"role": 5}], [{"type": "text"}]]
+    fields = ("model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream")
+    more = ("stream_options", "logprobs", "top_logprobs", "n", "tools", "response_format", "surprise")
+    statuses = set()
+    with httpx.Client() as client:
+        for number in range(1500):
+            r = random.Random(number)
+            path = r.choice(["/v1/completions", "/v1/chat/completions"])
+            asked = {"prompt": "x"} if path == "/v1/completions" else {"messages": CHAT}
+            body: dict[str, Any] = {"model": NAME, **asked, "max_tokens": 2}
+            for _ in range(r.choice([1, 1, 2])):
+                body[r.choice([*fields, *more])] = r.choice(values)
+            reply = client.post(url + path, content=json.dumps(body).encode())
+            statuses.add(reply.status_code)
+            assert reply.status_code in (200, 400, 404, 501), (number, reply.text)
+            if reply.status_code != 200:
+                assert set(reply.json()["error"]) == {"message", "type", "param", "code"}, number
+            elif body.get("stream"):
+                assert reply.text.endswith("data: [DONE]\n\n"), (number, reply.text)
+    assert statuses == {200, 400, 404, 501}
+    wait_until_free(service)
 
 
 def test_the_field_that_is_wrong_is_named(url: str) -> None:
