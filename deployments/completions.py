@@ -12,6 +12,7 @@ from deployments.messages import is_whole, read_texts
 from deployments.sampling import Sampling
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0, 2
+LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
 MOST_STOPS = 4
 #: The likeliest tokens that are told of, in a completion and in a chat.
 MOST_LOGPROBS, MOST_CHAT_LOGPROBS = 5, 20
@@ -159,7 +160,7 @@ class _Fields:
             ),
             top_k=self.whole("top_k", 0) or 0,
             top_p=self.number("top_p", 1.0, lambda p: 0 < p <= 1, "above 0, up to 1"),
-            seed=self.whole("seed", -(2**63), 2**63 - 1),
+            seed=self.whole("seed", LEAST_SEED, MOST_SEED),
             logprobs=logprobs,
         )
         usage = bool((options or {}).get("include_usage"))

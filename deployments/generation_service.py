@@ -140,6 +140,11 @@ class GenerationService(Served):
         reports = {name: model.report.to_dict() for name, model in self._compiled.items()}
         return {"device": next(iter(reports.values()))["device"], "functions": reports}
 
+    @property
+    def most_prompts(self) -> int:
+        """The most prompts of one request: the others' turn comes too."""
+        return min(self.limits.items, self.admission.max_rows)
+
     def seconds_to_drain(self, rows: int) -> int:
         """Return whole seconds until so many requests will have been answered, by how long the last ones took."""
         return max(1, round(self._mean_s * rows / self.slots))
@@ -175,7 +180,7 @@ class GenerationService(Served):
 
         BadRequest for prompts that do not fit, Overloaded and NotReady where they cannot be taken.
         """
-        most = min(self.limits.items, self.admission.max_rows)
+        most = self.most_prompts
         if len(wanted.prompts) > most:
             which = "limits.items" if most == self.limits.items else "batching.max_queue"
             raise BadRequest(f"prompt: {len(wanted.prompts)} in one request; at most {most} are allowed ({which})")

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from deployments.completions import LEAST_TEMPERATURE, MOST_CHAT_LOGPROBS, MOST_LOGPROBS, MOST_STOPS, MOST_TEMPERATURE
+from deployments.completions import (
+    LEAST_SEED,
+    LEAST_TEMPERATURE,
+    MOST_CHAT_LOGPROBS,
+    MOST_LOGPROBS,
+    MOST_SEED,
+    MOST_STOPS,
+    MOST_TEMPERATURE,
+)
 from deployments.generation_service import GenerationService
 
 Json = dict[str, Any]
 _TEXT: Json = {"type": "string"}
 _WHOLE: Json = {"type": "integer", "minimum": 1}
+#: One event; `data` is JSON, or `[DONE]`.
+_EVENT: Json = {"type": "object", "properties": {"data": _TEXT}, "required": ["data"]}
 _USAGE: Json = {
     "type": "object",
     "properties": {key: {"type": "integer"} for key in ("prompt_tokens", "completion_tokens", "total_tokens")},
@@ -19,13 +29,15 @@ _USAGE: Json = {
 
 def completion_body(service: GenerationService) -> Json:
     """Return the schema of what /v1/completions takes."""
-    tokens = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+    token = {"type": "integer", "minimum": 0, "maximum": service.generator.config.vocabulary - 1}
+    tokens = {"type": "array", "items": token, "minItems": 1, "maxItems": service.generator.length - 1}
+    most = {"minItems": 1, "maxItems": service.most_prompts}
     prompt = {
         "oneOf": [
-            {"type": "string", "minLength": 1},
-            {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": service.limits.items},
+            _TEXT,
+            {"type": "array", "items": _TEXT, **most},
             tokens,
-            {"type": "array", "items": tokens, "minItems": 1},
+            {"type": "array", "items": tokens, **most},
         ]
     }
     return _body(
@@ -52,7 +64,8 @@ def chat_body(service: GenerationService) -> Json:
 
 
 def _body(service: GenerationService, needed: Json, **own: Json) -> Json:
-    stop = {"oneOf": [_TEXT, {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MOST_STOPS}]}
+    one = {"type": "string", "minLength": 1}
+    stop = {"oneOf": [one, {"type": "array", "items": one, "maxItems": MOST_STOPS}]}
     properties = {
         "model": {"type": "string", "enum": [service.name]},
         **needed,
@@ -60,7 +73,7 @@ def _body(service: GenerationService, needed: Json, **own: Json) -> Json:
         "temperature": {"type": "number", "minimum": LEAST_TEMPERATURE, "maximum": MOST_TEMPERATURE},
         "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
         "top_k": {"type": "integer", "minimum": 0},
-        "seed": {"type": "integer"},
+        "seed": {"type": "integer", "minimum": LEAST_SEED, "maximum": MOST_SEED},
         "stop": stop,
         "stream": {"type": "boolean"},
         "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
@@ -95,4 +108,4 @@ def answer(*, chat: bool) -> Json:
         },
         "required": ["id", "object", "created", "model", "choices", "usage"],
     }
-    return {"application/json": {"schema": reply}, "text/event-stream": {"schema": _TEXT}}
+    return {"application/json": {"schema": reply}, "text/event-stream": {"schema": _EVENT}}
