@@ -27,11 +27,13 @@ class Reply(ABC):
 
     def __init__(self, service: GenerationService, wanted: TextRequest) -> None:
         self.wanted = wanted
+        self._tells_tokens = wanted.sampling.logprobs is not None
         self._tokenizer = service.generator.tokenizer
         self._head = {"id": f"{self.kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
         self._offsets: dict[int, int] = {}
-        self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids[-1]
-        self._anchor_length = len(self._tokenizer.decode([self._anchor], skip_special_tokens=False))
+        # What stands before a token whose text is asked for; some tokenizers (of proteins) have no "a".
+        self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids[-1:] if self._tells_tokens else []
+        self._anchor_length = len(self._tokenizer.decode(self._anchor, skip_special_tokens=False))
 
     async def events(self, answers: Answers, deadline: float | None) -> AsyncIterator[Json]:
         """Yield the events of a stream; its last one has the usage, where that was asked for."""
@@ -80,12 +82,11 @@ class Reply(ABC):
         """Return the log-probabilities of some tokens."""
 
     def _write_logprobs(self, index: int, picked: Sequence[Picked]) -> Json | None:
-        wanted = self.wanted.sampling.logprobs is not None and picked
-        return self._logprobs(index, picked) if wanted else None
+        return self._logprobs(index, picked) if self._tells_tokens and picked else None
 
     def _text_of(self, token: int) -> str:
         # Behind another one: many decoders strip the space at the beginning of a text.
-        return self._tokenizer.decode([self._anchor, token], skip_special_tokens=False)[self._anchor_length :]
+        return self._tokenizer.decode([*self._anchor, token], skip_special_tokens=False)[self._anchor_length :]
 
 
 class CompletionReply(Reply):

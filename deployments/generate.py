@@ -103,9 +103,11 @@ class TextGenerator(Model):
 
     def load(self, device: torch.device, slots: int) -> Decoder:
         """Load weights and tokenizer; nothing is downloaded."""
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
 
-        self._template = AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+        # Not AutoTokenizer: for some classes (GPT2Tokenizer, which SmolLM names) transformers 5 takes only the
+        # vocabulary from tokenizer.json, and splits texts in its own way.
+        self._template = PreTrainedTokenizerFast.from_pretrained(str(self.folder), local_files_only=True)
         # As it was saved it may cut texts off, or fill them up.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

@@ -31,7 +31,7 @@ _NEWEST = 0.2
 class Piece:
     """Some text of an answer as it becomes certain: of its `index`, with the token that brought it.
 
-    The last one has `finish`: `stop` or `length`, and no token.
+    The last one has `finish`: `stop` or `length`.
     """
 
     index: int
@@ -44,8 +44,14 @@ class Answers:
     """The answers to the prompts of one request, as they come; hold it as a block, whose end frees their slots."""
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], streams: Sequence[TextStream], count: Callable[[str], None]
+        self,
+        prompts: Sequence[Sequence[int]],
+        streams: Sequence[TextStream],
+        count: Callable[[str], None],
+        tell_time: Callable[[float], None],
     ) -> None:
+        self._started = time.monotonic()
+        self._tell_time = tell_time
         self.prompt_tokens = sum(map(len, prompts))
         self.tokens = 0
         self._streams = dict(enumerate(streams))
@@ -85,6 +91,7 @@ class Answers:
                     continue
                 piece = self._read(index, left[index], what)
                 if piece.finish is not None:
+                    self._tell_time(time.monotonic() - self._started)
                     self.generations[index].gone = True
                     del left[index]
                 yield piece
@@ -190,7 +197,7 @@ class GenerationService(Served):
             stack.enter_context(self.admission.hold_rows(len(wanted.prompts) or 1))
             prompts = await self.aside(wanted.size, self._encode, wanted)
             streams = [TextStream(self.generator.tokenizer, wanted.stops) for _ in prompts]
-            answers = Answers(prompts, streams, self._count)
+            answers = Answers(prompts, streams, self._count, self._take_time)
             answers.hold(stack.pop_all())
         try:
             for index, prompt in enumerate(prompts):
@@ -200,6 +207,10 @@ class GenerationService(Served):
             raise
         return answers
 
+    def _take_time(self, seconds: float) -> None:
+        """Take in how long an answer took."""
+        self._mean_s += _NEWEST * (seconds - self._mean_s)
+
     def _start_one(self, answers: Answers, index: int, prompt: Sequence[int], wanted: TextRequest) -> None:
         started = time.monotonic()
         is_first = True
@@ -208,9 +219,7 @@ class GenerationService(Served):
             nonlocal is_first
             answers.tell(index, what)
             seconds = time.monotonic() - started
-            if isinstance(what, str):
-                self._mean_s += _NEWEST * (seconds - self._mean_s)
-            elif is_first and isinstance(what, Picked):
+            if is_first and isinstance(what, Picked):
                 is_first = False
                 self._record(self._record_first_token, seconds)
 

@@ -147,6 +147,27 @@ def test_a_tied_head_may_be_stored_under_either_name_and_must_be_the_same(tmp_pa
         load(tmp_path)
 
 
+def test_texts_are_split_as_tokenizer_json_says(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    make_checkpoint(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, file["pre_tokenizer"]],
+    }
+    file["model"]["vocab"]["12"] = 299
+    file["model"]["merges"].append(["1", "2"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    generator = TextGenerator(str(tmp_path), length=LENGTH)
+    generator.load(torch.device("cpu"), 1)
+    expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a 12 b").ids
+    assert 299 not in expected
+    assert generator.encode("a 12 b") == expected
+
+
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
 def test_a_folder_without_a_file_is_refused(tmp_path: Path, missing: str) -> None:
     make_checkpoint(tmp_path)

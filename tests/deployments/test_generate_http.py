@@ -319,6 +319,19 @@ def test_what_a_template_raises_is_the_requests_fault(tmp_path: Path) -> None:
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages")
 
 
+def test_a_tokenizer_without_letters_serves_too(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["pre_tokenizer"] = file["decoder"] = file["post_processor"] = None
+    file["model"].update(vocab={"<s>": 0, "</s>": 1, **{letter: 2 + i for i, letter in enumerate("ACGT")}}, merges=[])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with generate_locally(arguments(tmp_path)) as service, listen(make_app(service)) as port:
+        body = {"model": NAME, "prompt": "ACGT", "max_tokens": 3, "temperature": 0, "logprobs": 1}
+        reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body)
+    assert (reply.status_code, reply.json()["usage"]["prompt_tokens"]) == (200, 4)
+    assert len(reply.json()["choices"][0]["logprobs"]["tokens"]) == 3
+
+
 def test_a_model_without_a_template_has_no_chat(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, template=None)
     with generate_locally(arguments(tmp_path)) as service, listen(make_app(service)) as port:
