@@ -142,7 +142,7 @@ def test_the_asynchronous_client(encoder: ModelService, expected: Any) -> None:
         ({"dimensions": True}, "dimensions", "True"),
         ({"encoding_format": "int8"}, "encoding_format", "'int8' is not one of float, base64"),
         ({"model": None}, "model", "not the name of a model"),
-        ({"top_k": 3}, None, "top_k: unknown here"),
+        ({"top_k": 3}, "top_k", "top_k: unknown here"),
     ],
 )
 def test_errors_in_openais_shape(http: TestClient, change: dict[str, Any], param: str | None, message: str) -> None:
