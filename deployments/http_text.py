@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
@@ -20,8 +19,7 @@ from deployments.deadline import time_left
 from deployments.errors import BadRequest, RequestError
 from deployments.generation_service import GenerationService
 from deployments.messages import read_json, to_json_bytes, weigh_json, write_answer
-
-logger = logging.getLogger(__name__)
+from deployments.replies import internal_error
 
 
 class EventStream(StreamingResponse):
@@ -33,8 +31,8 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[Json], held: ExitStack) -> None:
-        super().__init__(_write(events), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, request: Request, events: AsyncIterator[Json], held: ExitStack) -> None:
+        super().__init__(_write(request, events), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,16 +42,15 @@ class EventStream(StreamingResponse):
             await super().__call__({**scope, "asgi": {**scope["asgi"], "spec_version": "2.3"}}, receive, send)
 
 
-async def _write(events: AsyncIterator[Json]) -> AsyncIterator[bytes]:
+async def _write(request: Request, events: AsyncIterator[Json]) -> AsyncIterator[bytes]:
     try:
         async for event in events:
             yield _event(event)
     except RequestError as error:  # the status has gone out: OpenAI's clients raise what such an event says
         yield _event(openai.error_body(error, error.status))
         return
-    except Exception:
-        logger.exception("a stream failed")
-        yield _event(openai.error_body(RequestError("internal error; the log has it"), 500))
+    except Exception:  # as `guard` has it, for what comes when the status has gone out
+        yield _event(openai.error_body(internal_error(request), RequestError.status))
         return
     yield b"data: [DONE]\n\n"
 
@@ -95,6 +92,6 @@ async def _answer(
         answers = stack.enter_context(await service.start(wanted))
         reply = make_reply(service, wanted)
         if wanted.stream:
-            return EventStream(reply.events(answers, deadline), stack.pop_all())
+            return EventStream(request, reply.events(answers, deadline), stack.pop_all())
         content = write_answer(await reply.whole(answers, deadline))
     return Response(content, media_type="application/json")

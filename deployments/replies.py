@@ -42,11 +42,16 @@ def guard(handler: Endpoint) -> Endpoint:
                 await discard(request)
             return error_reply(request, error)
         except Exception:  # the log has its traceback, the client its request id
-            name = request.headers.get("x-request-id", "-")
-            logger.exception("request %s failed", name)
-            return error_reply(request, RequestError(f"internal error; the log has it under request {name}"))
+            return error_reply(request, internal_error(request))
 
     return endpoint
+
+
+def internal_error(request: Request) -> RequestError:
+    """Log the exception that is being handled, a bug of ours, and return what the client is told of it."""
+    name = request.headers.get("x-request-id", "-")
+    logger.exception("request %s failed", name)
+    return RequestError(f"internal error; the log has it under request {name}")
 
 
 def make_starlette(routes: Sequence[Route]) -> Starlette:
