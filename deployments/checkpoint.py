@@ -32,6 +32,20 @@ _MOST_CHARACTERS = 1_000_000
 _SPARE_TOKENS = 64
 
 
+def read_file(folder: Path, name: str, *, needed: bool = True) -> dict[str, Any]:
+    """Return a JSON file of a checkpoint's folder; an empty mapping where it may be missing and is."""
+    path = folder / name
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if needed:
+            raise ValueError(f"checkpoint: {folder} has no {name}") from None
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint: {path} cannot be read: {error}") from None
+    return found
+
+
 class TextCheckpoint:
     """Reads a folder's configuration files; ValueError says what is missing or cannot be served.
 
@@ -69,16 +83,7 @@ class TextCheckpoint:
 
     def read(self, name: str, *, needed: bool = True) -> dict[str, Any]:
         """Return a JSON file of the folder; an empty mapping where it may be missing and is."""
-        path = self.folder / name
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            if needed:
-                raise ValueError(f"checkpoint: {self.folder} has no {name}") from None
-            return {}
-        except (OSError, ValueError) as error:
-            raise ValueError(f"checkpoint: {path} cannot be read: {error}") from None
-        return found
+        return read_file(self.folder, name, needed=needed)
 
     def _find_longest(self) -> int:
         """Return the most tokens a text may have: the least of what the files say."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deployments.args import ModelArgs
+from deployments.checkpoint import read_file
 from deployments.decoder import Decoder, DecoderConfig
 from deployments.decoder_weights import load_weights
 from deployments.errors import BadRequest, ModelFailed
@@ -59,8 +59,9 @@ class TextGenerator(Model):
                 raise ValueError(f"checkpoint: {self.folder} has no {name}")
         if not list(self.folder.glob("*.safetensors")):
             raise ValueError(f"checkpoint: {self.folder} has no safetensors file; other weight files can hold code")
+        config = read_file(self.folder, "config.json")
         try:
-            self.config = DecoderConfig.read(self._read("config.json"))
+            self.config = DecoderConfig.read(config)
         except ValueError as error:
             raise ValueError(f"checkpoint: {self.folder}: {error}") from None
         longest = self.config.positions
@@ -78,8 +79,8 @@ class TextGenerator(Model):
         #: The sizes of prompts' pieces; more than a request may have is of no use.
         self.pieces = sorted({min(size, self.length) for size in prefill})
         self.default_lengths = _spans(self.length)
-        ends = self._read("generation_config.json").get("eos_token_id")
-        ends = self._read("config.json").get("eos_token_id") if ends is None else ends
+        ends = read_file(self.folder, "generation_config.json", needed=False).get("eos_token_id")
+        ends = config.get("eos_token_id") if ends is None else ends
         #: The tokens that end an answer.
         self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._dtype = dtype
@@ -187,16 +188,6 @@ class TextGenerator(Model):
         if not all(0 <= token < vocabulary for token in tokens):
             raise BadRequest(f"the prompt has tokens that are not in the vocabulary (0 to {vocabulary - 1})")
         return tokens
-
-    def _read(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise ValueError(f"checkpoint: {path} cannot be read: {error}") from None
-        return found
 
 
 def _spans(length: int) -> list[int]:
