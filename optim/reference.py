@@ -98,7 +98,7 @@ class Reference:
                 return None
             return State(self._exact_module, self.state.names).take()
 
-        return self.state.compare(self._end, tolerance, exact)
+        return self.state.compare(self._start, self._end, tolerance, exact)
 
     def check_eager(self, bucket: Bucket) -> None:
         """Raise ModelError where the module fails on the bucket's example in eager mode."""

@@ -54,23 +54,28 @@ class State:
 
     def compare(
         self,
+        start: Sequence[torch.Tensor],
         expected: Sequence[torch.Tensor],
         tolerance: float | None,
         exact: Callable[[], Sequence[torch.Tensor] | None] = lambda: None,
     ) -> Difference:
-        """Hold it against what `take` returned; Mismatch where it is another.
+        """Hold it against what `take` returned after eager's call, `start` being what it was before; else Mismatch.
 
-        `exact` computes what it should be in float64, as `verify.compare` asks for it.
+        Only what either call changed is compared: of a large cache that is little, and the rest would hide it in an
+        RMS of all. `exact` computes what it should be in float64, as `verify.compare` asks for it.
         """
         found = Difference()
-        for index, (name, tensor, value) in enumerate(zip(self.names, self._tensors, expected, strict=True)):
+        values = zip(self.names, self._tensors, start, expected, strict=True)
+        for index, (name, tensor, before, value) in enumerate(values):
+            changed = (tensor != before) | (value != before)
+            truth = partial(_pick, exact, index, changed)
             try:
-                found = found.worst(compare(tensor, value, tolerance, partial(_pick, exact, index)))
+                found = found.worst(compare(tensor[changed], value[changed], tolerance, truth))
             except Mismatch as error:
                 raise Mismatch(f"the state {name} is another than after eager's call: {error}") from error
         return found
 
 
-def _pick(exact: Callable[[], Sequence[torch.Tensor] | None], index: int) -> torch.Tensor | None:
+def _pick(exact: Callable[[], Sequence[torch.Tensor] | None], index: int, changed: torch.Tensor) -> torch.Tensor | None:
     found = exact()
-    return None if found is None else found[index]
+    return None if found is None else found[index][changed]

@@ -80,6 +80,30 @@ def bakes(module: Memory) -> Runner:
     return run
 
 
+def blurs(module: Memory) -> Runner:
+    """Write values that are small beside the rest of the state, and wrong."""
+
+    def run(*inputs: torch.Tensor) -> Any:
+        output = module(*inputs)
+        _, slot, place = inputs
+        module.slots[slot, place] *= 1.5
+        return output
+
+    return run
+
+
+def test_small_values_of_a_state_are_compared_by_their_own_size() -> None:
+    module = Memory().eval()
+    with torch.no_grad():
+        module.weight.fill_(1e-5)
+        reference = Reference(module, example, (Bucket(2),), CPU, ("slots",))
+        job = EngineJob.of(module, Pt2Config.parse(None), reference, CPU, "forward")
+        trial = Trial(Lossy(job, blurs), reference, 60.0)
+        assert trial.prepare() is None
+        (refusal,) = trial.prove(Bucket(2)).values()
+    assert "the state slots is another" in refusal.message
+
+
 @pytest.mark.parametrize(("how", "why"), [(forgets, "the state slots is another"), (bakes, "is over the tolerance")])
 def test_code_that_loses_the_state_is_refused(how: Callable[[Memory], Runner], why: str) -> None:
     module = Memory().eval()
