@@ -7,6 +7,7 @@ import itertools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from optim.attention import kernel_of
 from optim.buckets import Bucket
 from optim.config import OPTIONAL_BACKENDS
+from optim.engines import isa
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.errors import describe
 from optim.monitor import count_compilations, graph_break_reasons, prepare_thread
@@ -147,6 +149,15 @@ class TorchCompileEngine(Engine):
                 if tensor.shape[dim] > 1:
                     torch._dynamo.mark_dynamic(tensor, dim)
 
+    @property
+    def _writes_for_cpu(self) -> bool:
+        return self.backend == "inductor" and not self._on_cuda
+
+    def save(self, folder: Path) -> None:
+        """Leave what Inductor found out about the CPU; its code stays in torch's own cache."""
+        if self._writes_for_cpu:
+            isa.save(folder)
+
     def close(self) -> None:
         """Let go of the compiled code, which lives as long as the function's own code object."""
         self._run = None
@@ -172,6 +183,8 @@ class TorchCompileEngine(Engine):
             stack.enter_context(inductor_config.patch(**inductor))
             tag = compiler_config.patch(cache_key_tag=self._cache_key_tag())  # type: ignore[attr-defined]
             stack.enter_context(tag)
+            if self._writes_for_cpu:
+                stack.enter_context(isa.known_from(self.kept))
             yield
 
     def _cache_key_tag(self) -> str:
@@ -179,9 +192,9 @@ class TorchCompileEngine(Engine):
         import torch.compiler.config as compiler_config
 
         job = self.job
-        isa = torch.backends.cpu.get_cpu_capability()
+        capability = torch.backends.cpu.get_cpu_capability()
         kernel = kernel_of(job.config, job.phase)
-        parts = (compiler_config.cache_key_tag, isa, job.info.threads, kernel, job.config.matmul_precision)
+        parts = (compiler_config.cache_key_tag, capability, job.info.threads, kernel, job.config.matmul_precision)
         return "/".join(map(str, parts))
 
     def serving(self) -> AbstractContextManager[Any]:
