@@ -83,14 +83,15 @@ def compile_functions(
 def _for_decoders(pt2: Pt2Config, device: str) -> Pt2Config:
     """Return the configuration with the engines and the budget that suit decoders, where it names none.
 
-    Only Inductor keeps state. Of its variants these are what was fastest in any bucket; a decoder takes 20 s and more
-    to compile for each of many buckets, so that the others would use up any budget.
+    Only Inductor keeps state. Of its variants these have no copy of the weights for each bucket, and torch's caches
+    keep their code; frozen ones were no faster in any bucket. A decoder takes 20 s to compile for each of many buckets,
+    so that more would use up any budget.
     """
     tune = pt2.tune
     if pt2.compile.backend != "auto":
         return pt2
     freezes = device == "cpu" and pt2.compile.freeze
-    engines = tune.engines or (["inductor-onednn", "inductor"] if freezes else ["inductor"])
+    engines = tune.engines or (["inductor-onednn", "inductor-unfrozen"] if freezes else ["inductor"])
     budget_s = _BUDGET_S if tune.budget_s is None else tune.budget_s
     return replace(pt2, tune=replace(tune, engines=engines, budget_s=budget_s))
 

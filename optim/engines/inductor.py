@@ -16,7 +16,7 @@ from torch import nn
 from optim.attention import kernel_of
 from optim.buckets import Bucket
 from optim.config import OPTIONAL_BACKENDS
-from optim.engines import isa
+from optim.engines import inductor_files
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.errors import describe
 from optim.monitor import count_compilations, graph_break_reasons, prepare_thread
@@ -60,6 +60,7 @@ class TorchCompileEngine(Engine):
         self.keeps_state = backend == "inductor" and prepare is None
         self._run: Runner | None = None
         self._before = count_compilations()
+        self._libraries: frozenset[Path] = frozenset()
 
     @property
     def frozen(self) -> bool:
@@ -122,6 +123,10 @@ class TorchCompileEngine(Engine):
         module = self._prepare(self.job) if self._prepare else self.job.module
         if self.job.autocast:
             module = FlatModule(module, self.job)
+        if self.backend == "inductor":
+            if self.kept is not None:
+                inductor_files.restore(self.kept)
+            self._libraries = inductor_files.loaded_libraries()
         self._run = torch.compile(_fresh_function(module), **kwargs)
         self._before = count_compilations()
 
@@ -154,9 +159,9 @@ class TorchCompileEngine(Engine):
         return self.backend == "inductor" and not self._on_cuda
 
     def save(self, folder: Path) -> None:
-        """Leave what Inductor found out about the CPU; its code stays in torch's own cache."""
-        if self._writes_for_cpu:
-            isa.save(folder)
+        """Leave what Inductor made, for a machine or a container that has not its cache folder."""
+        if self.backend == "inductor":
+            inductor_files.save(folder, self._libraries, for_cpu=not self._on_cuda)
 
     def close(self) -> None:
         """Let go of the compiled code, which lives as long as the function's own code object."""
@@ -184,7 +189,7 @@ class TorchCompileEngine(Engine):
             tag = compiler_config.patch(cache_key_tag=self._cache_key_tag())  # type: ignore[attr-defined]
             stack.enter_context(tag)
             if self._writes_for_cpu:
-                stack.enter_context(isa.known_from(self.kept))
+                stack.enter_context(inductor_files.known_sets(self.kept))
             yield
 
     def _cache_key_tag(self) -> str:

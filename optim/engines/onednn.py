@@ -1,15 +1,16 @@
-"""Inductor with float32 linear layers by oneDNN: what it does for bfloat16 ones, and ahead of time, anyway.
+"""Inductor with the products of linear layers by oneDNN, whose packed weights all buckets and functions share.
 
-With weights frozen it packs float32 ones for MKL, which on CPUs that are not Intel's is slow for few rows: on an AMD
-EPYC (AVX2, 2 threads) the products of an 88M decoder took 51 ms for 8 rows against oneDNN's 17 (and 18 to 14 for one).
+Frozen Inductor packs float32 weights for MKL, which on CPUs that are not Intel's is slow for few rows (on an AMD EPYC
+with AVX2 and 2 threads, an 88M decoder's products took 51 ms for 8 rows against oneDNN's 17); it holds a packed copy
+for each bucket, and torch's caches do not keep its code. oneDNN's packing depends on neither rows nor bucket.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-from unittest.mock import patch
+import copy
+import itertools
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -17,61 +18,120 @@ from torch import nn
 from optim.engines.base import EngineJob, Unavailable
 from optim.engines.inductor import TorchCompileEngine
 
-#: Of a module's parameters those that must be float32 linear layers', for it to be worth an engine of its own.
+#: Of a module's parameters those that must be linear layers' weights, for it to be worth an engine of its own.
 _LEAST_SHARE = 0.5
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """oneDNN's copy of a weight, as it was at some version of it."""
+
+    weight: torch.Tensor
+    version: int
+    tensor: torch.Tensor
+
+
+#: By the weight's place in memory, which is what a graph is called with; they live as long as a layer that uses them.
+_packed: WeakValueDictionary[tuple[int, torch.Size, tuple[int, ...]], _Packed] = WeakValueDictionary()
+
+_library = torch.library.Library("pt2_optim", "DEF")
+_library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
 class OneDnnEngine(TorchCompileEngine):
-    """Compiles with Inductor, weights frozen, and oneDNN in MKL's place."""
+    """Compiles with Inductor what is between linear layers, which are oneDNN's; nothing is frozen."""
 
     def __init__(self, job: EngineJob) -> None:
-        super().__init__(job, name="inductor-onednn", freeze=True)
+        super().__init__(job, name="inductor-onednn", freeze=False, prepare=_pack)
+        self.keeps_state = True  # the copy's buffers are the module's own
 
     def preflight(self) -> None:
-        """Refuse modules for which the code would be Inductor's own."""
+        """Refuse modules for which it is not worth it, and precisions that oneDNN's packed products do not have."""
         super().preflight()
-        module = self.job.module
-        linear = {
-            id(m.weight): m.weight.numel()
-            for m in module.modules()
-            if isinstance(m, nn.Linear) and m.weight.dtype == torch.float32
-        }
-        total = sum(parameter.numel() for parameter in module.parameters())
-        if sum(linear.values()) < _LEAST_SHARE * max(total, 1):
-            raise Unavailable("most of its parameters are not those of float32 linear layers, so it is `inductor`")
+        if self.job.info.device.type != "cpu":
+            raise Unavailable("linear layers are oneDNN's on a CPU only")
         if not torch.backends.mkldnn.is_available():
             raise Unavailable("this torch has no oneDNN")
-        _packer()
-
-    @contextmanager
-    def building(self) -> Iterator[None]:
-        """Pack as for half precision, which Inductor has oneDNN for; on this thread nothing else compiles meanwhile."""
-        packer = _packer()
-        pack_weight, pack = packer.pack_linear_weight, packer.pack_linear
-
-        # Both are told whether the weight is of half precision, which decides this and nothing else.
-        def pack_weight_with_onednn(self: Any, graph: Any, is_half: bool, *rest: Any) -> Any:
-            return pack_weight(self, graph, True, *rest)
-
-        def pack_with_onednn(self: Any, graph: Any, is_half: bool, *rest: Any) -> Any:
-            return pack(self, graph, True, *rest)
-
-        with (
-            patch.object(packer, "pack_linear_weight", pack_weight_with_onednn),
-            patch.object(packer, "pack_linear", pack_with_onednn),
-            super().building(),
-        ):
-            yield
+        if self.job.autocast:
+            raise Unavailable("under autocast `inductor` has oneDNN multiply anyway")
+        module = self.job.module
+        weights = {id(linear.weight): linear.weight.numel() for linear in _linear_layers(module).values()}
+        total = sum(parameter.numel() for parameter in module.parameters())
+        if sum(weights.values()) < _LEAST_SHARE * max(total, 1):
+            raise Unavailable("most of its parameters are not the weights of linear layers that oneDNN packs")
 
     def _cache_key_tag(self) -> str:
         return f"{super()._cache_key_tag()}/onednn"
 
 
-def _packer() -> Any:
-    """Return Inductor's class that chooses how linear layers are packed; Unavailable where this torch has none."""
-    from torch._inductor.fx_passes import mkldnn_fusion
+class _PackedLinear(nn.Module):
+    """A linear layer by way of the packed copy of its weight, which a graph sees as the weight itself."""
 
-    packer = getattr(mkldnn_fusion, "CpuMkldnnDeviceOp", None)
-    if not (hasattr(packer, "pack_linear_weight") and hasattr(packer, "pack_linear")):
-        raise Unavailable(f"torch {torch.__version__} packs linear layers in another way")
-    return packer
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.packed = _pack_weight(linear.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.pt2_optim.packed_linear(x, self.weight, self.bias)
+        return found
+
+
+def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers that are packed, by name: nothing but linear layers, of dtypes that oneDNN multiplies here."""
+    dtypes = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtypes.add(torch.bfloat16)
+    return {
+        name: found
+        for name, found in module.named_modules(remove_duplicate=False)
+        if type(found) is nn.Linear and found.weight.dtype in dtypes and not _is_changed(found)
+    }
+
+
+def _is_changed(linear: nn.Linear) -> bool:
+    """Return whether a layer may compute something else than its class does."""
+    return bool("forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks)
+
+
+def _pack(job: EngineJob) -> nn.Module:
+    """Return a copy of the module whose linear layers are packed; parameters and buffers are the module's own."""
+    own = itertools.chain(job.module.parameters(), job.module.buffers())
+    copied = copy.deepcopy(job.module, {id(tensor): tensor for tensor in own})
+    for name, linear in _linear_layers(copied).items():
+        parent, _, child = name.rpartition(".")
+        if not child:
+            return _PackedLinear(linear)
+        setattr(copied.get_submodule(parent), child, _PackedLinear(linear))
+    return copied
+
+
+def _pack_weight(weight: torch.Tensor) -> _Packed:
+    """Return the packed copy of a weight: that of another engine's, unless the weight was changed since."""
+    place = _place(weight)
+    found = _packed.get(place)
+    if found is None or found.weight is not weight or found.version != weight._version:
+        tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        found = _packed[place] = _Packed(weight, weight._version, tensor)
+    return found
+
+
+def _place(weight: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return weight.data_ptr(), weight.shape, weight.stride()
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    packed = _packed.get(_place(weight))
+    if packed is None:
+        raise RuntimeError("the weight of a linear layer is not where it was when it was packed")
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed.tensor, bias, "none", [], "")
+    return found
+
+
+def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_library.impl("packed_linear", _multiply, "CPU")
+torch.library.register_fake("pt2_optim::packed_linear", _shape, lib=_library)

@@ -1,61 +1,142 @@
-"""The variant of Inductor that has oneDNN multiply by float32 weights."""
+"""The variant of Inductor that has oneDNN multiply by the packed weights of linear layers."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from optim import compile_model
-from optim.monitor import count_compilations
+from optim import CompiledModel, compile_model
+from optim.engines import onednn
 from tests.support.models import Mlp, features
 
 
-def ask(module: nn.Module, name: str) -> tuple[str, list[str]]:
+def ask(module: nn.Module, **compiling: Any) -> CompiledModel:
     config = {
-        "compile": {"backend": name, "only_if_faster": False},
+        "compile": {"backend": "inductor-onednn", "only_if_faster": False, **compiling},
         "cache": {"enable": False},
     }
-    model = compile_model(module, lambda rows, length: features(rows), config, batch_sizes=[1, 4], device="cpu")
+    return compile_model(module, lambda rows, length: features(rows), config, batch_sizes=[1, 4], device="cpu")
+
+
+def engines(model: CompiledModel) -> set[str]:
+    return {bucket.engine for bucket in model.report.buckets}
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The weights that were packed, one after the other."""
+    seen: list[torch.Tensor] = []
+    keep = onednn._Packed
+
+    def look(weight: torch.Tensor, version: int, packed: torch.Tensor) -> onednn._Packed:
+        seen.append(weight)
+        return keep(weight, version, packed)
+
+    monkeypatch.setattr(onednn, "_Packed", look)
+    return seen
+
+
+def test_buckets_and_models_of_one_module_share_one_packed_copy_of_each_weight(packings: list[torch.Tensor]) -> None:
+    gc.collect()
+    others = len(onednn._packed)
+    module = Mlp().eval()
+    first, second = ask(module), ask(module)
+    for rows in (1, 3, 4):
+        x = features(rows)
+        torch.testing.assert_close(first(*x), module(*x))
+        torch.testing.assert_close(second(*x), module(*x))
+    assert engines(first) == engines(second) == {"inductor-onednn"}
+    assert first.report.after_ready.compilations == first.report.after_ready.failed_runs == 0
+    assert len(packings) == 2  # the layers of an Mlp
+    assert len(onednn._packed) == others + 2
+
+
+def test_the_module_itself_is_left_as_it_was() -> None:
+    module = Mlp().eval()
+    ask(module)
+    assert [type(layer) for layer in module.layers] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_a_weight_that_was_changed_is_packed_anew() -> None:
+    module = Mlp().eval()
+    before = ask(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(-2)
+    after = ask(module)
     x = features(4)
-    torch.testing.assert_close(model(*x), module(*x))
-    assert model.report.after_ready.compilations == 0
-    return model.report.buckets[0].engine, [str(refusal) for refusal in model.report.refusals]
+    torch.testing.assert_close(after(*x), module(*x))
+    torch.testing.assert_close(before(*x), module(*x))  # what it shares is the weight as it is
 
 
-def test_it_packs_for_onednn_while_it_builds_and_at_no_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.fx_passes import mkldnn_fusion
-
-    packer: Any = mkldnn_fusion.CpuMkldnnDeviceOp
-    before = packer.pack_linear_weight
-    asked: list[bool] = []
-
-    def look(self: Any, graph: Any, is_half: bool, *rest: Any) -> Any:
-        asked.append(is_half)
-        return before(self, graph, is_half, *rest)
-
-    monkeypatch.setattr(packer, "pack_linear_weight", look)
-    seen = count_compilations()
-    assert ask(Mlp().eval(), "inductor-onednn") == ("inductor-onednn", [])
-    assert count_compilations().graphs > seen.graphs
-    assert asked and all(asked)
-    asked.clear()
-    assert ask(Mlp().eval(), "inductor")[0] == "inductor"
-    assert asked and not any(asked)
-
-
-def test_a_module_that_it_would_change_nothing_of_is_refused() -> None:
-    class Half(nn.Module):
+def test_weights_that_begin_at_one_address_have_their_own_copies() -> None:
+    class Halves(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = Mlp().to(torch.bfloat16)
+            torch.manual_seed(0)
+            self.whole, self.part = nn.Linear(8, 16), nn.Linear(8, 8)
+            self.part.weight = nn.Parameter(self.whole.weight.detach()[:8])
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = self.inner(x.to(torch.bfloat16)).float()
+            return torch.cat([self.whole(x), self.part(x)], -1)
+
+    module = Halves().eval()
+    assert module.part.weight.data_ptr() == module.whole.weight.data_ptr()
+    model = ask(module)
+    assert engines(model) == {"inductor-onednn"}
+    torch.testing.assert_close(model(*features(4)), module(*features(4)))
+
+
+def test_a_module_that_is_one_layer() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(8, 3).eval()
+    model = ask(module)
+    assert engines(model) == {"inductor-onednn"}
+    torch.testing.assert_close(model(*features(4)), module(*features(4)))
+
+
+def test_layers_that_compute_something_else_are_not_packed(packings: list[torch.Tensor]) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    def add_one(layer: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 1
+
+    torch.manual_seed(0)
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(add_one)
+    module = nn.Sequential(hooked, Doubled(8, 8), nn.Linear(8, 64)).eval()
+    model = ask(module)
+    assert engines(model) == {"inductor-onednn"}
+    assert [tuple(weight.shape) for weight in packings] == [(64, 8)]
+    torch.testing.assert_close(model(*features(4)), module(*features(4)))
+
+
+def test_a_weight_that_was_moved_is_missed_and_eager_answers() -> None:
+    module = Mlp().eval()
+    model = ask(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+    torch.testing.assert_close(model(*features(4)), module(*features(4)))
+    assert model.report.after_ready.failed_runs == 1
+
+
+def test_modules_and_settings_that_it_is_not_for_are_refused() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.head = nn.Embedding(1000, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.head(self.rows(x[:, 0].long().abs()))
             return found
 
-    engine, refusals = ask(Half().eval(), "inductor-onednn")
-    assert engine == "eager"
-    assert "not those of float32 linear layers" in refusals[0]
+    model = ask(Rows().eval())
+    assert engines(model) == {"eager"}
+    assert "not the weights of linear layers" in str(model.report.refusals[0])

@@ -256,3 +256,41 @@ print(model.report.start)
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(4)]
     starts = sorted(process.communicate()[0].split()[-1] for process in started)
     assert starts == ["cold", "warm", "warm", "warm"]
+
+
+@pytest.mark.skipif(not CPU["cxx"].available, reason="there is no C++ compiler")
+@pytest.mark.parametrize(("backend", "model"), [("inductor-onednn", "Mlp"), ("inductor", "SmallCnn")])
+def test_inductors_libraries_are_not_built_again_where_its_folder_is_another(
+    tmp_path: Path, backend: str, model: str
+) -> None:
+    code = """
+import sys
+from torch._inductor import cpp_builder
+from optim import compile_model
+from tests.support import models
+
+compiled = []
+build = cpp_builder.CppBuilder.build
+
+def count(self):
+    if " -E " not in self.get_command_line():  # the preprocessor alone reads the headers, for the name of a library
+        compiled.append(self)
+    return build(self)
+
+cpp_builder.CppBuilder.build = count
+module, example = {"Mlp": (models.Mlp, models.features), "SmallCnn": (models.SmallCnn, models.images)}[sys.argv[2]]
+section = {"compile": {"backend": sys.argv[1], "only_if_faster": False}, "cache": {"folder": sys.argv[3]}}
+model = compile_model(module(), example, section, batch_sizes=(1, 4), device="cpu")
+print(model.report.start, *set(model.report.engines().values()), len(compiled))
+"""
+
+    def start(inductors: str) -> list[str]:
+        folder = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / inductors)}
+        command = [sys.executable, "-c", code, backend, model, str(tmp_path / "plans")]
+        root = Path(__file__).parents[2]
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, **folder})
+        return ended.stdout.splitlines()[-1].split()
+
+    start_, engine, compiled = start("one")
+    assert (start_, engine) == ("cold", backend) and int(compiled) > 0
+    assert start("other") == ["warm", backend, "0"]
