@@ -188,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=list(SIZES))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default float32 on a CPU, else bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each caller that are timed")
     parser.add_argument("--rounds", type=int, default=3)
@@ -199,7 +200,7 @@ def main() -> None:
     if on_cpu:
         torch.set_num_threads(arguments.threads)
     size = arguments.size or ("100m" if on_cpu else "1b")
-    dtype = torch.float32 if on_cpu else torch.bfloat16
+    dtype = getattr(torch, arguments.dtype or ("float32" if on_cpu else "bfloat16"))
     print(f"{describe_machine()}; {size}, {str(dtype).removeprefix('torch.')}, {SPAN} places, prompt {PROMPT}")
     with torch.no_grad():
         _measure(size, device, dtype, arguments)

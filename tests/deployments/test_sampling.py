@@ -67,6 +67,26 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert [value for _, value in picked.top] == pytest.approx(expected.topk(4).values.tolist())
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("how", [{"top_p": 0.9}, {"top_p": 0.999, "temperature": 1.3}, {"top_k": 3000, "top_p": 0.5}])
+def test_of_a_large_vocabulary_the_same_are_left_as_with_transformers(how: dict[str, Any], spread: float) -> None:
+    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(4)) * spread
+    # Values that are equal are left or not by chance.
+    logits += torch.linspace(0, 1e-2, len(logits))[
+        torch.randperm(len(logits), generator=torch.Generator().manual_seed(1))
+    ]
+    warped = TemperatureLogitsWarper(how.get("temperature", 1.0))(None, logits.unsqueeze(0))
+    if "top_k" in how:
+        warped = TopKLogitsWarper(how["top_k"])(None, warped)
+    probabilities = TopPLogitsWarper(how["top_p"])(None, warped)[0].softmax(-1)
+    left = int((probabilities > 0).sum())
+    drawn = draw(logits, 500, seed=2, **how)
+    # The last one left may be another: float32's sums of so many differ.
+    likeliest = set(probabilities.topk(min(left + 20, len(logits))).indices.tolist())
+    assert set(drawn) <= likeliest
+    assert len(set(drawn)) > min(left, 500) / 3
+
+
 @pytest.mark.parametrize("how", [{"top_p": 1e-300}, {"temperature": 1e-40}, {"temperature": 1e-40, "top_p": 0.9}])
 def test_what_leaves_nothing_else_takes_the_likeliest(how: dict[str, Any]) -> None:
     assert draw(torch.tensor([0.1, 5.0, 2.0]), 5, **how) == [1] * 5
