@@ -64,8 +64,9 @@ class Sampler:
         how = self.sampling
         if how.temperature == 0:
             return int(logits.argmax())
-        # From the likeliest, so that a temperature of next to nothing takes that one and no infinity.
-        logits = (logits - logits.max()) / max(how.temperature, _COLDEST)
+        if how.temperature != 1:
+            # From the likeliest, so that a temperature of next to nothing takes that one and no infinity.
+            logits = (logits - logits.max()) / max(how.temperature, _COLDEST)
         tokens = None
         if 0 < how.top_k < len(logits):
             logits, tokens = logits.topk(how.top_k)

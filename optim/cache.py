@@ -66,7 +66,7 @@ class Cache:
         try:
             for part in (folder, self.folder, *(self.folder / name for name in ("entries", "locks", "rejected"))):
                 part.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _require_private(part)
+                require_private(part)
         except OSError as error:
             raise CacheUnusable(f"{error.filename}: {error.strerror}") from error
 
@@ -145,7 +145,7 @@ class Cache:
     def _find(self, name: str) -> Path | None:
         path = self.folder / "entries" / name
         try:
-            _require_private(path)
+            require_private(path)
             _check_manifest(path)
             os.utime(path)
         except FileNotFoundError:
@@ -209,7 +209,7 @@ class Cache:
                 time.sleep(_POLL_S)
 
 
-def _require_private(path: Path) -> None:
+def require_private(path: Path) -> None:
     """Raise CacheUnusable where somebody else could have put files there."""
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):

@@ -37,6 +37,8 @@ def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "capability": torch.cuda.get_device_capability(job.info.device) if job.info.device.type == "cuda" else None,
             "streams": streams,
+            # Libraries are built with `-march=native`: a CPU of the same name and ISA may lack what they use.
+            "instructions": _instructions(),
         },
         "config": config,
         "phase": job.phase,
@@ -62,6 +64,17 @@ def hash_weights(module: nn.Module, state: Sequence[str] = ()) -> str:
         if flat.numel():
             found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
+
+
+@functools.cache
+def _instructions() -> str | None:
+    """Return the hash of what the CPU can do, by Linux; None where it does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    said = {line for line in lines if line.split(":")[0].strip() in ("flags", "Features")}
+    return hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()[:32]
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,6 +21,8 @@ from optim.engines import inductor_files
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.errors import describe
 from optim.monitor import count_compilations, graph_break_reasons, prepare_thread
+
+logger = logging.getLogger(__name__)
 
 #: How torch words a compilation refused by the stance (it raises a plain RuntimeError).
 RECOMPILE_TEXT = "Detected recompile when torch.compile stance is 'fail_on_recompile'"
@@ -60,7 +63,7 @@ class TorchCompileEngine(Engine):
         self.keeps_state = backend == "inductor" and prepare is None
         self._run: Runner | None = None
         self._before = count_compilations()
-        self._libraries: frozenset[Path] = frozenset()
+        self._notes: list[str] = []
 
     @property
     def frozen(self) -> bool:
@@ -124,11 +127,18 @@ class TorchCompileEngine(Engine):
         if self.job.autocast:
             module = FlatModule(module, self.job)
         if self.backend == "inductor":
-            if self.kept is not None:
-                inductor_files.restore(self.kept)
-            self._libraries = inductor_files.loaded_libraries()
+            self._prepare_files()
         self._run = torch.compile(_fresh_function(module), **kwargs)
         self._before = count_compilations()
+
+    def _prepare_files(self) -> None:
+        try:
+            inductor_files.teach_inductor()
+            if self.kept is not None:
+                inductor_files.restore(self.kept)
+        except (OSError, AttributeError) as error:  # a full disk, a torch that does it otherwise: it takes longer then
+            self._notes.append("{}: not all that is kept can be used: {}: {}".format(self.name, *describe(error, 300)))
+            logger.warning(self._notes[-1])
 
     def compile(self, bucket: Bucket) -> Runner:
         """Return the compiled function; the first call with this bucket's shape compiles it."""
@@ -154,14 +164,10 @@ class TorchCompileEngine(Engine):
                 if tensor.shape[dim] > 1:
                     torch._dynamo.mark_dynamic(tensor, dim)
 
-    @property
-    def _writes_for_cpu(self) -> bool:
-        return self.backend == "inductor" and not self._on_cuda
-
     def save(self, folder: Path) -> None:
         """Leave what Inductor made, for a machine or a container that has not its cache folder."""
         if self.backend == "inductor":
-            inductor_files.save(folder, self._libraries, for_cpu=not self._on_cuda)
+            inductor_files.save(folder, for_cpu=not self._on_cuda)
 
     def close(self) -> None:
         """Let go of the compiled code, which lives as long as the function's own code object."""
@@ -188,8 +194,8 @@ class TorchCompileEngine(Engine):
             stack.enter_context(inductor_config.patch(**inductor))
             tag = compiler_config.patch(cache_key_tag=self._cache_key_tag())  # type: ignore[attr-defined]
             stack.enter_context(tag)
-            if self._writes_for_cpu:
-                stack.enter_context(inductor_files.known_sets(self.kept))
+            if self.kept is not None:
+                stack.enter_context(inductor_files.libraries_at_hand())
             yield
 
     def _cache_key_tag(self) -> str:
@@ -217,7 +223,7 @@ class TorchCompileEngine(Engine):
     def notes(self) -> list[str]:
         """Return what is worth knowing about the compiled code: graph breaks, skipped CUDA graphs."""
         seen = count_compilations() - self._before
-        found = []
+        found = [*self._notes]
         if seen.graph_breaks:
             found.append(f"{self.name}: {seen.graph_breaks} graph breaks: {'; '.join(graph_break_reasons())}")
         if self._dynamic:

@@ -1,48 +1,48 @@
-"""What Inductor leaves for the next start: its graphs, the libraries that they load, and the CPU's instruction sets."""
+"""What Inductor leaves for the next start: its graphs, the libraries that they load, and what it found of the CPU."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Set
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from unittest.mock import patch
+from typing import Any
 
 import torch
 
-_GRAPHS, _LIBRARIES, _SETS = "graphs.bin", "libraries", "instruction_sets.json"
+from optim.cache import require_private
+
+_GRAPHS, _LIBRARIES, _PASSED = "graphs.bin", "libraries", "passed_checks.json"
+
+#: The checks of instruction sets that passed, in this process or in one whose files were restored.
+_passed: set[str] = set()
+_warm = threading.local()
 
 
-def loaded_libraries() -> frozenset[Path]:
-    """Return what this process has loaded of the libraries that Inductor built, relative to its cache folder."""
-    folder = _cache_folder()
-    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    paths = [Path(file) for file in files if isinstance(file, str) and file.endswith(".so")]
-    return frozenset(path.relative_to(folder) for path in paths if path.is_relative_to(folder))
-
-
-def save(folder: Path, before: Set[Path], *, for_cpu: bool) -> None:
-    """Save what this process has compiled into a folder, of libraries those that were not loaded `before`.
+def save(folder: Path, *, for_cpu: bool) -> None:
+    """Save what this process has compiled into a folder; CacheUnusable where others could have put it there.
 
     torch's own form has the graphs alone, by what decides them (and on a GPU Triton's kernels), not the libraries of a
     CPU's; it has no graphs with frozen weights, whose libraries are still worth a compiler's time.
     """
+    require_private(_cache_folder())
     folder.mkdir(parents=True, exist_ok=True)
     found = torch.compiler.save_cache_artifacts()
     if found is not None:
         (folder / _GRAPHS).write_bytes(found[0])
     if not for_cpu:
         return
-    for name in loaded_libraries() - before:
+    for name in _loaded_libraries():
         (folder / _LIBRARIES / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(_cache_folder() / name, folder / _LIBRARIES / name)
-    from torch._inductor import cpu_vec_isa
-
-    (folder / _SETS).write_text(json.dumps([str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]))
+    (folder / _PASSED).write_text(json.dumps(sorted(_passed)))
 
 
 def restore(folder: Path) -> None:
@@ -55,30 +55,59 @@ def restore(folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as beside:  # another process may load it meanwhile
                 os.replace(shutil.copyfile(source, Path(beside) / source.name), target)
+    if (folder / _PASSED).is_file():
+        _passed.update(json.loads((folder / _PASSED).read_text()))
 
 
 @contextmanager
-def known_sets(folder: Path | None) -> Iterator[None]:
-    """Spare Inductor the trying of each instruction set, which is a process that imports torch, where it is known.
+def libraries_at_hand() -> Iterator[None]:
+    """Have Inductor precompile no headers on this thread, which it does before it looks whether a library is there."""
+    before = getattr(_warm, "is_on", False)
+    _warm.is_on = True
+    try:
+        yield
+    finally:
+        _warm.is_on = before
 
-    Five seconds in every process, on a CPU with AMX and two cores. Code for a set that does not work here after all
-    is refused as everything is that does not compile or run.
+
+@cache
+def teach_inductor() -> None:
+    """Have Inductor ask this module before it tries an instruction set, and before it precompiles headers; once.
+
+    AttributeError where this torch does neither.
+
+    To try a set is to start a process that imports torch: five seconds in every process on a CPU with AMX and two
+    cores. Which sets there are, and what follows from them, stays Inductor's to say.
     """
-    from torch._inductor import cpu_vec_isa
+    from torch._inductor import codecache, cpu_vec_isa
 
-    names = None if folder is None or not (folder / _SETS).is_file() else json.loads((folder / _SETS).read_text())
-    if not isinstance(names, list) or (any("amx" in name for name in names) and not torch.cpu._init_amx()):
-        yield
-        return
-    known = [isa for isa in cpu_vec_isa.supported_vec_isa_list if str(isa) in names]
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(cpu_vec_isa, "valid_vec_isa_list", lambda: known))
-        for isa in known:  # an instance's truth is whether it can be built for, which is tried too
-            stack.enter_context(patch.object(type(isa), "__bool__", lambda isa: True))
-        yield
+    check_build = cpu_vec_isa.VecISA.check_build
+    bindings: Any = codecache.CppPythonBindingsCodeCache
+    get_header = bindings._get_uncompiled_header.__func__
+
+    def check_once(isa: Any, code: str) -> bool:
+        name = hashlib.sha256(f"{isa} {isa.build_arch_flags()} {code}".encode()).hexdigest()
+        if name not in _passed and check_build(isa, code):
+            _passed.add(name)
+        return name in _passed
+
+    def get_header_unless_warm(cls: Any, device: str) -> Any:
+        return None if getattr(_warm, "is_on", False) else get_header(cls, device)
+
+    cpu_vec_isa.VecISA.check_build = check_once  # type: ignore[method-assign,assignment]
+    bindings._get_uncompiled_header = classmethod(get_header_unless_warm)
+
+
+def _loaded_libraries() -> Iterator[Path]:
+    """Yield what this process has loaded of the libraries that Inductor built, relative to its cache folder."""
+    folder = _cache_folder()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__dict__", {}).get("__file__")  # an attribute of a lazy module could import it
+        if isinstance(file, str) and file.endswith(".so") and Path(file).is_relative_to(folder):
+            yield Path(file).relative_to(folder)
 
 
 def _cache_folder() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return Path(cache_dir())
+    return Path(cache_dir()).absolute()

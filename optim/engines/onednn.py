@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import dataclass
+from functools import cache
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,11 +19,13 @@ from torch import nn
 from optim.engines.base import EngineJob, Unavailable
 from optim.engines.inductor import TorchCompileEngine
 
+_Place = tuple[int, torch.Size, tuple[int, ...]]
+
 #: Of a module's parameters those that must be linear layers' weights, for it to be worth an engine of its own.
 _LEAST_SHARE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Packed:
     """oneDNN's copy of a weight, as it was at some version of it."""
 
@@ -30,12 +33,13 @@ class _Packed:
     version: int
     tensor: torch.Tensor
 
+    def is_of(self, place: _Place) -> bool:
+        """Return whether it is what lies at a place now: the weight may have been changed, or moved since."""
+        return _place(self.weight) == place and _version(self.weight) == self.version
+
 
 #: By the weight's place in memory, which is what a graph is called with; they live as long as a layer that uses them.
-_packed: WeakValueDictionary[tuple[int, torch.Size, tuple[int, ...]], _Packed] = WeakValueDictionary()
-
-_library = torch.library.Library("pt2_optim", "DEF")
-_library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_packed: WeakValueDictionary[_Place, _Packed] = WeakValueDictionary()
 
 
 class OneDnnEngine(TorchCompileEngine):
@@ -59,9 +63,7 @@ class OneDnnEngine(TorchCompileEngine):
         total = sum(parameter.numel() for parameter in module.parameters())
         if sum(weights.values()) < _LEAST_SHARE * max(total, 1):
             raise Unavailable("most of its parameters are not the weights of linear layers that oneDNN packs")
-
-    def _cache_key_tag(self) -> str:
-        return f"{super()._cache_key_tag()}/onednn"
+        _define_operator()
 
 
 class _PackedLinear(nn.Module):
@@ -108,23 +110,29 @@ def _pack(job: EngineJob) -> nn.Module:
 
 
 def _pack_weight(weight: torch.Tensor) -> _Packed:
-    """Return the packed copy of a weight: that of another engine's, unless the weight was changed since."""
+    """Return the packed copy of a weight: another engine's, where there is one of what it is now."""
     place = _place(weight)
     found = _packed.get(place)
-    if found is None or found.weight is not weight or found.version != weight._version:
+    if found is None or found.weight is not weight or not found.is_of(place):
         tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        found = _packed[place] = _Packed(weight, weight._version, tensor)
+        found = _packed[place] = _Packed(weight, _version(weight), tensor)
     return found
 
 
-def _place(weight: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+def _place(weight: torch.Tensor) -> _Place:
     return weight.data_ptr(), weight.shape, weight.stride()
 
 
+def _version(weight: torch.Tensor) -> int:
+    """Return how often a weight was changed in place; those made in inference mode do not count it."""
+    return -1 if weight.is_inference() else weight._version
+
+
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    packed = _packed.get(_place(weight))
-    if packed is None:
-        raise RuntimeError("the weight of a linear layer is not where it was when it was packed")
+    place = _place(weight)
+    packed = _packed.get(place)
+    if packed is None or not packed.is_of(place):
+        raise RuntimeError("the weight of a linear layer was changed or moved after it was packed")
     found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed.tensor, bias, "none", [], "")
     return found
 
@@ -133,5 +141,11 @@ def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-_library.impl("packed_linear", _multiply, "CPU")
-torch.library.register_fake("pt2_optim::packed_linear", _shape, lib=_library)
+@cache
+def _define_operator() -> torch.library.Library:
+    """Tell torch of `packed_linear`, once; its implementation lives as long as the library that is returned."""
+    library = torch.library.Library("pt2_optim", "DEF")
+    library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    library.impl("packed_linear", _multiply, "CPU")
+    torch.library.register_fake("pt2_optim::packed_linear", _shape, lib=library)
+    return library

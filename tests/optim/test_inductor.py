@@ -90,29 +90,6 @@ def test_ahead_of_time_packages_are_kept_for_the_next_start(monkeypatch: pytest.
     assert set(model.report.engines().values()) == {"aot"}, model.report.all_refusals()
 
 
-def test_instruction_sets_are_tried_by_the_first_start_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import cpu_vec_isa
-
-    def start(folder: Path) -> str:
-        section = {"compile": {"backend": "inductor", **KEEP}, "cache": {"folder": str(folder)}}
-        model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 2), device="cpu")
-        assert set(model.report.engines().values()) == {"inductor"}, model.report.all_refusals()
-        return model.report.start
-
-    tries: list[int] = []
-    try_all = cpu_vec_isa.valid_vec_isa_list
-
-    def count() -> Any:
-        tries.append(1)
-        return try_all()
-
-    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", count)
-    assert start(tmp_path / "one") == "cold" and tries
-    tries.clear()
-    assert start(tmp_path / "one") == "warm" and not tries
-    assert start(tmp_path / "other") == "cold" and tries
-
-
 def test_a_hidden_state_of_the_machine_is_no_reason_to_compile_again() -> None:
     section = {"compile": {"backend": "inductor", **KEEP}}
     module = models.Mlp().eval()

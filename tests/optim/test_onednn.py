@@ -61,16 +61,20 @@ def test_the_module_itself_is_left_as_it_was() -> None:
     assert [type(layer) for layer in module.layers] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
-def test_a_weight_that_was_changed_is_packed_anew() -> None:
+def test_a_weight_that_was_changed_is_packed_anew(packings: list[torch.Tensor]) -> None:
     module = Mlp().eval()
     before = ask(module)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(-2)
-    after = ask(module)
     x = features(4)
-    torch.testing.assert_close(after(*x), module(*x))
-    torch.testing.assert_close(before(*x), module(*x))  # what it shares is the weight as it is
+    torch.testing.assert_close(before(*x), module(*x))
+    assert before.report.after_ready.failed_runs == 1  # eager answered: what is packed is another weight
+    after = ask(module)
+    assert engines(after) == {"inductor-onednn"} and len(packings) == 4
+    for model in (after, before):
+        torch.testing.assert_close(model(*x), module(*x))
+    assert after.report.after_ready.failed_runs == 0 and before.report.after_ready.failed_runs == 1
 
 
 def test_weights_that_begin_at_one_address_have_their_own_copies() -> None:
@@ -117,14 +121,35 @@ def test_layers_that_compute_something_else_are_not_packed(packings: list[torch.
     torch.testing.assert_close(model(*features(4)), module(*features(4)))
 
 
-def test_a_weight_that_was_moved_is_missed_and_eager_answers() -> None:
-    module = Mlp().eval()
+def test_weights_that_change_places_are_not_taken_for_each_other() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
     model = ask(module)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.data = parameter.data.clone()
+    first, second = module[0].weight, module[2].weight
+    first.data, second.data = second.data, first.data
     torch.testing.assert_close(model(*features(4)), module(*features(4)))
-    assert model.report.after_ready.failed_runs == 1
+    assert engines(model) == {"inductor-onednn"} and model.report.after_ready.failed_runs == 1
+
+
+def test_packed_copies_go_with_the_last_model_that_uses_them() -> None:
+    gc.collect()
+    others = len(onednn._packed)
+    model = ask(Mlp().eval())
+    assert len(onednn._packed) == others + 2
+    del model
+    torch._dynamo.reset()  # which keeps compiled code, and so the module, by code object
+    gc.collect()
+    assert len(onednn._packed) == others
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this CPU")
+def test_bfloat16_is_packed_too(packings: list[torch.Tensor]) -> None:
+    module = Mlp().eval().to(torch.bfloat16)
+    config = {"compile": {"backend": "inductor-onednn", "only_if_faster": False}, "cache": {"enable": False}}
+    model = compile_model(module, lambda rows, length: features(rows)[0].bfloat16(), config, batch_sizes=[4])
+    assert engines(model) == {"inductor-onednn"} and len(packings) == 2
+    x = features(4)[0].bfloat16()
+    torch.testing.assert_close(model(x), module(x))
 
 
 def test_modules_and_settings_that_it_is_not_for_are_refused() -> None:
