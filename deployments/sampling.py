@@ -64,6 +64,7 @@ class Sampler:
         how = self.sampling
         if how.temperature == 0:
             return int(logits.argmax())
+        everything = logits
         if how.temperature != 1:
             # From the likeliest, so that a temperature of next to nothing takes that one and no infinity.
             logits = (logits - logits.max()) / max(how.temperature, _COLDEST)
@@ -77,6 +78,8 @@ class Sampler:
             probabilities = logits.softmax(-1)
         # One number decides, however the probabilities were made: where it falls among them.
         total = probabilities.cumsum(-1, dtype=torch.float64)
+        if not total[-1].isfinite():  # of an infinite logit, or one that is no number
+            return int(everything.argmax())
         drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * total[-1]
         place = min(int(torch.searchsorted(total, drawn, right=True)), len(total) - 1)
         return place if tokens is None else int(tokens[place])

@@ -6,7 +6,10 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+import shlex
+import subprocess
 import sys
 import sysconfig
 import types
@@ -39,6 +42,9 @@ def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
             "streams": streams,
             # Libraries are built with `-march=native`: a CPU of the same name and ISA may lack what they use.
             "instructions": _instructions(),
+            # They need the C library and the C++ runtime that they were linked with, or newer ones.
+            "libc": platform.libc_ver(),
+            "compiler": _compiler(),
         },
         "config": config,
         "phase": job.phase,
@@ -75,6 +81,17 @@ def _instructions() -> str | None:
         return None
     said = {line for line in lines if line.split(":")[0].strip() in ("flags", "Features")}
     return hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _compiler() -> str | None:
+    """Return the first line that the C++ compiler says of its version; None where there is none."""
+    command = os.environ.get("CXX", "g++")
+    try:
+        said = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.split("\n", 1)[0] or None
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import logging
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from optim.buckets import Bucket
 from optim.config import OPTIONAL_BACKENDS
 from optim.engines import inductor_files
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
-from optim.errors import describe
+from optim.errors import describe, is_device_error
 from optim.monitor import count_compilations, graph_break_reasons, prepare_thread
 
 logger = logging.getLogger(__name__)
@@ -132,13 +133,18 @@ class TorchCompileEngine(Engine):
         self._before = count_compilations()
 
     def _prepare_files(self) -> None:
-        try:
-            inductor_files.teach_inductor()
-            if self.kept is not None:
-                inductor_files.restore(self.kept)
-        except (OSError, AttributeError) as error:  # a full disk, a torch that does it otherwise: it takes longer then
-            self._notes.append("{}: not all that is kept can be used: {}: {}".format(self.name, *describe(error, 300)))
-            logger.warning(self._notes[-1])
+        steps: list[Callable[[], None]] = [inductor_files.teach_inductor]
+        if self.kept is not None:
+            steps.append(partial(inductor_files.restore, self.kept))
+        for step in steps:
+            try:
+                step()
+            except Exception as error:  # a full disk, a torch that does it otherwise: it takes longer then
+                if is_device_error(error):
+                    raise
+                why = "{}: {}".format(*describe(error, 300))
+                self._notes.append(f"{self.name}: not all that is kept can be used: {why}")
+                logger.warning(self._notes[-1])
 
     def compile(self, bucket: Bucket) -> Runner:
         """Return the compiled function; the first call with this bucket's shape compiles it."""

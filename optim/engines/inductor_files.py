@@ -29,20 +29,41 @@ _warm = threading.local()
 def save(folder: Path, *, for_cpu: bool) -> None:
     """Save what this process has compiled into a folder; CacheUnusable where others could have put it there.
 
-    torch's own form has the graphs alone, by what decides them (and on a GPU Triton's kernels), not the libraries of a
-    CPU's; it has no graphs with frozen weights, whose libraries are still worth a compiler's time.
+    torch's artifacts have the graphs alone, by what decides them (and on a GPU Triton's kernels), not the libraries of
+    a CPU's; there are none of graphs with frozen weights, whose libraries are still worth a compiler's time.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     require_private(_cache_folder())
+    headers = Path(default_cache_dir())  # precompiled ones lie there, wherever the cache folder is
+    if headers.exists():
+        require_private(headers)
     folder.mkdir(parents=True, exist_ok=True)
-    found = torch.compiler.save_cache_artifacts()
-    if found is not None:
-        (folder / _GRAPHS).write_bytes(found[0])
+    (folder / _GRAPHS).write_bytes(_graphs())
     if not for_cpu:
         return
     for name in _loaded_libraries():
         (folder / _LIBRARIES / name).parent.mkdir(parents=True, exist_ok=True)
+        require_private((_cache_folder() / name).parent)
         shutil.copyfile(_cache_folder() / name, folder / _LIBRARIES / name)
     (folder / _PASSED).write_text(json.dumps(sorted(_passed)))
+
+
+def _graphs() -> bytes:
+    """Return all artifacts of this process, in the form that `torch.compiler.load_cache_artifacts` takes.
+
+    `torch.compiler.save_cache_artifacts` appends what is new at each call, and of what was appended only the last is
+    loaded (torch 2.8 and 2.13): from its second model on, a process would keep what the one before had not.
+    """
+    from torch.compiler import _cache
+    from torch.utils._appending_byte_serializer import AppendingByteSerializer
+
+    found: dict[str, list[Any]] = {}
+    for artifact in list(_cache.CacheArtifactManager._seen_artifacts):
+        found.setdefault(artifact.type(), []).append(artifact)
+    serializer = AppendingByteSerializer(serialize_fn=_cache._serialize_single_cache)
+    serializer.extend(found.items())
+    return serializer.to_bytes()
 
 
 def restore(folder: Path) -> None:

@@ -25,9 +25,13 @@ _Place = tuple[int, torch.Size, tuple[int, ...]]
 _LEAST_SHARE = 0.5
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Packed:
-    """oneDNN's copy of a weight, as it was at some version of it."""
+    """oneDNN's copy of a weight, as it was at some version of it.
+
+    Layers of one place have one of these, so that what is packed anew is so for all of them. Changes that torch does
+    not count (of `weight.data`, or of what was made in inference mode) go unseen, as with frozen weights.
+    """
 
     weight: torch.Tensor
     version: int
@@ -113,9 +117,18 @@ def _pack_weight(weight: torch.Tensor) -> _Packed:
     """Return the packed copy of a weight: another engine's, where there is one of what it is now."""
     place = _place(weight)
     found = _packed.get(place)
-    if found is None or found.weight is not weight or not found.is_of(place):
-        tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    if found is not None and found.weight is weight and found.is_of(place):
+        return found
+    tensor = _reorder(weight)
+    if found is None:
         found = _packed[place] = _Packed(weight, _version(weight), tensor)
+    else:
+        found.weight, found.version, found.tensor = weight, _version(weight), tensor
+    return found
+
+
+def _reorder(weight: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     return found
 
 

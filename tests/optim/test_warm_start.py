@@ -281,6 +281,7 @@ def test_inductors_libraries_are_not_built_again_where_its_folder_is_another(
 ) -> None:
     code = """
 import sys
+from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from optim import compile_model
 from tests.support import models
@@ -294,20 +295,24 @@ def count(self):
 
 cpp_builder.CppBuilder.build = count
 module, example = {"Mlp": (models.Mlp, models.features), "SmallCnn": (models.SmallCnn, models.images)}[sys.argv[2]]
+if sys.argv[4:]:  # another model, in the same process before it
+    other = {"compile": {"backend": sys.argv[1], "only_if_faster": False}, "cache": {"folder": sys.argv[4]}}
+    compile_model(module(), example, other, batch_sizes=(2, 4), device="cpu")
 section = {"compile": {"backend": sys.argv[1], "only_if_faster": False}, "cache": {"folder": sys.argv[3]}}
 model = compile_model(module(), example, section, batch_sizes=(1, 4), device="cpu")
-print(model.report.start, *set(model.report.engines().values()), len(compiled))
+engines = set(model.report.engines().values())
+print(model.report.start, *engines, len(compiled), counters["inductor"]["fxgraph_cache_miss"])
 """
 
-    def start(machine: str) -> list[str]:
+    def start(machine: str, *others: str) -> list[str]:
         (tmp_path / machine).mkdir()
         # Precompiled headers lie in the default folder, whatever Inductor's own is.
         folders = {"TMPDIR": str(tmp_path / machine), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / machine / "inductor")}
-        command = [sys.executable, "-c", code, backend, model, str(tmp_path / "plans")]
+        command = [sys.executable, "-c", code, backend, model, str(tmp_path / "plans"), *others]
         root = Path(__file__).parents[2]
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, **folders})
         return ended.stdout.splitlines()[-1].split()
 
-    start_, engine, compiled = start("one")
+    start_, engine, compiled, _ = start("one", str(tmp_path / "others"))
     assert (start_, engine) == ("cold", backend) and int(compiled) > 0
-    assert start("other") == ["warm", backend, "0"]
+    assert start("other") == ["warm", backend, "0", "0"]
