@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,10 +196,17 @@ class Server:
         pytest.fail(f"{prefix or '/'} did not become ready:\n{self.log.read_text()[-5000:]}")
 
 
+#: Of those that the system gives nobody who asks for any, as Ray's own processes do while a server starts.
+PORTS = iter(random.sample(range(20_000, 30_000), 1000))
+
+
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return a port that nothing listens on, each time another."""
+    for port in PORTS:
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("", port))
+            return port
+    raise RuntimeError("no port between 20000 and 30000 is free")
 
 
 def haproxy_folder(port: int) -> Path:
