@@ -6,9 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
-import shlex
 import subprocess
 import sys
 import sysconfig
@@ -44,7 +42,7 @@ def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
             "instructions": _instructions(),
             # They need the C library and the C++ runtime that they were linked with, or newer ones.
             "libc": platform.libc_ver(),
-            "compiler": _compiler(),
+            "compiler": _version_of(job.info.capabilities["cxx"].detail),
         },
         "config": config,
         "phase": job.phase,
@@ -84,11 +82,10 @@ def _instructions() -> str | None:
 
 
 @functools.cache
-def _compiler() -> str | None:
-    """Return the first line that the C++ compiler says of its version; None where there is none."""
-    command = os.environ.get("CXX", "g++")
+def _version_of(compiler: str) -> str | None:
+    """Return the first line that a C++ compiler says of its version; None where there is none."""
     try:
-        said = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=30)
+        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
     return said.stdout.split("\n", 1)[0] or None
