@@ -27,6 +27,11 @@ TEXT = (
     "invitation enough."
 )
 
+#: torch's kernel for a CPU reads this many columns at a time, and reads past the end of a row of any other width: what it
+#: finds there goes into the product, and the process may die of it (ATen/native/cpu/int8mm_kernel.cpp, BLOCK_K; torch 2.8
+#: and 2.13).
+_KERNEL_COLUMNS = 16
+
 
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 with a scale for each row; its input is bfloat16 on a CPU."""
@@ -44,7 +49,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the products of the last dimension, as nn.Linear does. [..., K] -> [..., N]."""
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % _KERNEL_COLUMNS == 0:
             # torch's own kernel; what F.linear makes of a weight that is converted first took 64 ms instead of 8 (88M
             # parameters, one row, AVX2, 2 threads).
             rows = x.reshape(-1, x.shape[-1])

@@ -35,10 +35,12 @@ def load(folder: Path) -> tuple[TextGenerator, Any]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_near_those_of_floats(bias: bool) -> None:
+@pytest.mark.parametrize("columns", [8, 24, 96, 100])
+def test_products_are_near_those_of_floats(columns: int, bias: bool) -> None:
+    """Also where a row is no multiple of what torch's kernel reads at a time: it would read the next row, and beyond."""
     torch.manual_seed(0)
-    linear = nn.Linear(96, 40, bias=bias)
-    x = torch.randn(2, 3, 96)
+    linear = nn.Linear(columns, 40, bias=bias)
+    x = torch.randn(2, 3, columns)
     expected = linear(x).detach()
     found = Int8Linear(linear).to(torch.bfloat16)(x.to(torch.bfloat16))
     assert found.shape == expected.shape
@@ -46,10 +48,11 @@ def test_products_are_near_those_of_floats(bias: bool) -> None:
     assert float((found - expected).abs().max() / expected.abs().max()) < 0.03
 
 
-def test_a_row_of_zeros_stays_one() -> None:
-    linear = nn.Linear(8, 4, bias=False)
+@pytest.mark.parametrize("columns", [8, 16])
+def test_a_row_of_zeros_stays_one(columns: int) -> None:
+    linear = nn.Linear(columns, 4, bias=False)
     nn.init.zeros_(linear.weight)
-    assert Int8Linear(linear).to(torch.bfloat16)(torch.ones(1, 8, dtype=torch.bfloat16)).abs().sum() == 0
+    assert Int8Linear(linear).to(torch.bfloat16)(torch.ones(1, columns, dtype=torch.bfloat16)).abs().sum() == 0
 
 
 def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
