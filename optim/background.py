@@ -179,7 +179,7 @@ class Background:
         for row in found["buckets"]:
             ours = rows[Bucket(row["batch_size"], row["length"] or 0)]
             ours.refusals += [Refusal(**refusal) for refusal in row["refusals"]]
-            ours.race = row["race"]
+            ours.race, ours.eager_won = row["race"], row["eager_won"]
         return None if found["cache"] else "no plan was kept"
 
     def _move_over(self) -> str | None:

@@ -115,7 +115,9 @@ class Builder:
         if self._job.config.compile.only_if_faster and ms > eager_ms:
             message = f"slower than eager: {ms:.3g} ms against {eager_ms:.3g} ms"
             row.refusals.append(Refusal(engine.name, "time", str(bucket), None, message))
+            row.eager_won = True
             return False
+        row.eager_won = False
         row.engine, row.ms, row.speedup = engine.name, round(ms, 3), round(eager_ms / ms, 3)
         row.max_abs_error, row.relative_error = proven.difference.max_abs, proven.difference.relative
         row.tolerance = tolerance_used(self._job.config, self._job.output_dtypes)

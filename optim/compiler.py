@@ -101,7 +101,7 @@ def compile_model(
     if found.put_off is not None:
         model.background = Background(model, found.put_off)
     announce(report)
-    if config.fallback == "fail" or config.strict:
+    if config.must_compile:
         _raise_failures(report)
     return model
 
@@ -143,8 +143,7 @@ def _raise_failures(report: CompileReport) -> None:
     if not report.candidates:
         return
     for bucket in report.buckets:
-        too_slow = any(refusal.stage == "time" for refusal in bucket.refusals) or any(len(r) > 1 for r in bucket.race)
-        if bucket.engine == "eager" and not too_slow:
+        if bucket.engine == "eager" and not bucket.eager_won:
             reasons = "; ".join(map(str, [*report.refusals, *bucket.refusals]))
             why = "strict is set" if report.config["strict"] else "fallback is 'fail'"
             raise CompileError(f"bucket {bucket.bucket} could not be compiled and {why}: {reasons}")

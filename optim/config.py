@@ -184,6 +184,11 @@ class Pt2Config:
         _check(config, section)
         return config
 
+    @property
+    def must_compile(self) -> bool:
+        """Whether a start fails where a bucket could not be compiled."""
+        return self.strict or self.fallback == "fail"
+
     def at_start(self) -> Pt2Config:
         """Return the same with nothing left to the background: for whoever wants to see the result."""
         return replace(self, compile=replace(self.compile, when="start"))
@@ -257,7 +262,7 @@ def _check(config: Pt2Config, section: Mapping[Any, Any]) -> None:
 def _check_background(config: Pt2Config) -> None:
     """Refuse what a replica that is ready before it is compiled cannot do."""
     key, value = "pt2.compile.when", "background"
-    if config.strict or config.fallback == "fail":
+    if config.must_compile:
         other = "pt2.strict: true" if config.strict else "pt2.fallback: fail"
         raise ConfigError(key, value, f"not together with {other}: the replica is ready before anything can fail")
     if not config.cache.enable:

@@ -13,7 +13,7 @@ from optim.report import CompileReport
 
 _FILE = "plan.json"
 #: What of a bucket's row a later start takes over; errors and tolerances are found anew.
-_FIGURES = ("ms", "eager_ms", "speedup", "stream_ms", "stream_gain", "race")
+_FIGURES = ("ms", "eager_ms", "speedup", "stream_ms", "stream_gain", "race", "eager_won")
 
 
 class BadPlan(Exception):

@@ -60,6 +60,8 @@ class BucketReport:
     """GPU memory that capturing this bucket's CUDA graph took."""
     race: list[dict[str, float]] = field(default_factory=list)
     """Median ms by engine, one mapping for every round of the race: the engines of a round were timed in turn."""
+    eager_won: bool = False
+    """Whether eager serves because it was fastest: in this bucket's race, in its nearest neighbour's, or at last."""
     refusals: list[Refusal] = field(default_factory=list)
 
     @property

@@ -72,14 +72,7 @@ class Start:
             with clock(report, "race"):
                 standing, trials = _race(job, self._reference, names, job.config.tune.budget_s or RACE_BUDGET_S, report)
             _take_down(standing, report)
-            only_if_faster = job.config.compile.only_if_faster
-            raced = {
-                b: [n for n in order if n != "eager"] if order[0] != "eager" else []
-                for b, order in rank(standing.rounds, keep_eager=only_if_faster).items()
-            }
-            # A bucket that no engine had time for goes by its neighbours too: each is timed against eager once more.
-            tried = {r.bucket for r in standing.rounds if len(r.ms) > 1} or set(raced)
-            ranking = {bucket: raced[nearest(bucket, tried)] for bucket in job.samples}
+            ranking = self._rank(standing)
             # What took the race's whole budget there is not to be waited for any longer here.
             limit_s = ENGINE_LIMIT_S
         with clock(report, "build"):
@@ -113,6 +106,20 @@ class Start:
         if beside is None:
             raise BadPlan(f"its plan does not hold any more: {report.notes.pop()}")
         return lanes, beside
+
+    def _rank(self, standing: Standing) -> dict[Bucket, list[str]]:
+        """Return the engines to build for each bucket, the best first; none where eager won or nothing was timed.
+
+        A bucket that no engine had time for goes by its nearest neighbour: each is timed against eager once more.
+        """
+        ranked = rank(standing.rounds, keep_eager=self._job.config.compile.only_if_faster)
+        timed = {found.bucket for found in standing.rounds if len(found.ms) > 1}
+        ranking: dict[Bucket, list[str]] = {}
+        for row in self._report.buckets:
+            order = ranked[nearest(row.bucket, timed)] if timed else []
+            row.eager_won = order[:1] == ["eager"]
+            ranking[row.bucket] = [] if row.eager_won else [name for name in order if name != "eager"]
+        return ranking
 
     def _build_streams(self, job: EngineJob, lanes: Mapping[Bucket, Lane], plan: Plan | None = None) -> Streams | None:
         """Build what runs beside each other, or note why there is none."""

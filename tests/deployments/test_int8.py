@@ -37,7 +37,7 @@ def load(folder: Path) -> tuple[TextGenerator, Any]:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("columns", [8, 24, 96, 100])
 def test_products_are_near_those_of_floats(columns: int, bias: bool) -> None:
-    """Also where a row is no multiple of what torch's kernel reads at a time: it would read the next row, and beyond."""
+    """Also where a row is no multiple of what torch's kernel reads at a time: it would read past the end."""
     torch.manual_seed(0)
     linear = nn.Linear(columns, 40, bias=bias)
     x = torch.randn(2, 3, columns)

@@ -189,13 +189,6 @@ def test_a_plan_for_something_else_is_not_believed() -> None:
     assert any("its plan was made for something else" in note for note in model.report.notes)
 
 
-def test_what_failed_is_not_kept() -> None:
-    model = build("pt2test_raises_at_call")
-    assert set(model.report.engines().values()) == {"eager"}
-    assert entries() == []
-    assert any(note.startswith("no plan is kept: bucket") for note in model.report.notes)
-
-
 def test_it_can_be_switched_off() -> None:
     assert build(pt2={"cache": {"enable": False}}).report.start == "cold"
     assert not default_folder().exists()
