@@ -27,9 +27,9 @@ TEXT = (
     "invitation enough."
 )
 
-#: torch's kernel for a CPU reads this many columns at a time, and reads past the end of a row of any other width: what it
-#: finds there goes into the product, and the process may die of it (ATen/native/cpu/int8mm_kernel.cpp, BLOCK_K; torch 2.8
-#: and 2.13).
+#: torch's kernel for a CPU reads this many columns at a time, and past the end of a row of any other width: what it
+#: finds there goes into the product, and the process may die of it (ATen/native/cpu/int8mm_kernel.cpp, BLOCK_K; seen
+#: with torch 2.8 and 2.13).
 _KERNEL_COLUMNS = 16
 
 
