@@ -29,27 +29,32 @@ TEXT = (
 
 #: torch's kernel for a CPU reads this many columns at a time, and past the end of a row of any other width: what it
 #: finds there goes into the product, and the process may die of it (ATen/native/cpu/int8mm_kernel.cpp, BLOCK_K; seen
-#: with torch 2.8 and 2.13).
+#: with torch 2.8 and 2.13). So rows are filled up with zeros; another product than the kernel's would not help, since
+#: Inductor knows that pattern and calls the kernel for it.
 _KERNEL_COLUMNS = 16
 
 
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 with a scale for each row; its input is bfloat16 on a CPU."""
 
-    weight: torch.Tensor  # [N, K]
+    weight: torch.Tensor  # [N, K, filled up to a multiple of 16]
     scale: torch.Tensor  # [N]
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        self.register_buffer("weight", (weight / scale.unsqueeze(1)).round().to(torch.int8))
+        self._fill = -weight.shape[1] % _KERNEL_COLUMNS
+        weight = (weight / scale.unsqueeze(1)).round().to(torch.int8)
+        self.register_buffer("weight", F.pad(weight, (0, self._fill)))
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the products of the last dimension, as nn.Linear does. [..., K] -> [..., N]."""
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % _KERNEL_COLUMNS == 0:
+        if self._fill:
+            x = F.pad(x, (0, self._fill))
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
             # torch's own kernel; what F.linear makes of a weight that is converted first took 64 ms instead of 8 (88M
             # parameters, one row, AVX2, 2 threads).
             rows = x.reshape(-1, x.shape[-1])

@@ -42,10 +42,12 @@ def test_products_are_near_those_of_floats(columns: int, bias: bool) -> None:
     linear = nn.Linear(columns, 40, bias=bias)
     x = torch.randn(2, 3, columns)
     expected = linear(x).detach()
-    found = Int8Linear(linear).to(torch.bfloat16)(x.to(torch.bfloat16))
-    assert found.shape == expected.shape
-    found = found.detach()
-    assert float((found - expected).abs().max() / expected.abs().max()) < 0.03
+    layer = Int8Linear(linear).to(torch.bfloat16)
+    for multiply in (layer, torch.compile(layer)):
+        with torch.no_grad():
+            found = multiply(x.to(torch.bfloat16))
+        assert found.shape == expected.shape
+        assert float((found - expected).abs().max() / expected.abs().max()) < 0.03
 
 
 @pytest.mark.parametrize("columns", [8, 16])
