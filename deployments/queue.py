@@ -92,8 +92,8 @@ class RequestQueue:
         """Plan by what the model's buckets cost now, on the streams that it has now, or by the planners given."""
         model, streams = self._model, self._model.streams
         self._streams = streams.count if streams else 1
-        self._planner = planner or Planner(model.costs)
-        self._stream_planner = stream_planner or Planner(streams.model.costs if streams else model.costs)
+        self._planner = planner or _planner_of(model)
+        self._stream_planner = stream_planner or _planner_of(streams.model if streams else model)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -173,6 +173,10 @@ class RequestQueue:
         if gone:
             names = set(map(id, gone))
             self._waiting = deque(queued for queued in self._waiting if id(queued) not in names)
+
+
+def _planner_of(model: CompiledModel) -> Planner:
+    return Planner(model.costs, any_size=not model.pads)
 
 
 def _items(peers: Sequence[Queued]) -> list[Item]:

@@ -97,6 +97,7 @@ class CompiledModel:
         self._compiled = any(lane.engine.name != "eager" for lane in lanes.values())
         self._plain = not (self._compiled or self._strict)
         self._takes_any_size = any(lane.engine.takes_any_size for lane in lanes.values())
+        self._pads = any(not _is_unpadded(lane) for lane in lanes.values())
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
         #: Inputs of exactly a bucket's shapes need no measuring, unless several runs cost less than its own.
         self._direct = {
@@ -157,16 +158,20 @@ class CompiledModel:
         bucket_length = pick_length(length, self._lengths)
         if not self._compiled or not self._report.padding or bucket_length is None:
             return rows * max(length, 1)
-        if self._takes_any_size and rows <= max(self._sizes(bucket_length)):
+        if self._find_whole(rows, bucket_length):
             return rows * max(length, 1)
         total, left = 0, rows
         for size in self._plan(rows, bucket_length):
-            engine = self._lanes[Bucket(size, bucket_length)].engine
             count = min(size, left)
-            unpadded = engine.name == "eager" or engine.takes_any_size
+            unpadded = _is_unpadded(self._lanes[Bucket(size, bucket_length)])
             total += count * max(length, 1) if unpadded else size * max(bucket_length, 1)
             left -= count
         return total
+
+    @property
+    def pads(self) -> bool:
+        """Whether some bucket's code takes its own size alone, so that what is smaller is padded to it."""
+        return self._pads
 
     @property
     def max_batch_size(self) -> int:
@@ -228,8 +233,9 @@ class CompiledModel:
         bucket_length = pick_length(length, self._lengths)
         if bucket_length is None:
             return self._run_without_bucket(inputs)
-        if self._takes_any_size and rows <= max(self._sizes(bucket_length)):
-            return self._run_unpadded(rows, bucket_length, inputs)
+        whole = self._find_whole(rows, bucket_length)
+        if whole is not None:
+            return self._run(whole, inputs)
         if not self._report.padding:
             return self._run_without_bucket(inputs)
         outputs: list[Any] = []
@@ -246,9 +252,7 @@ class CompiledModel:
         return cover(rows, costs)
 
     def _run_padded(self, bucket: Bucket, part: Inputs, rows: int, length: int) -> Any:
-        if self._lanes[bucket].engine.name == "eager":
-            return self._run_module(part)  # needs no padding
-        if self._lanes[bucket].engine.takes_any_size:
+        if _is_unpadded(self._lanes[bucket]):
             return self._run(bucket, tuple(normalize(t, self.device) for t in part))
         padded = tuple(normalize(t, self.device) for t in pad(self.input_specs, part, bucket.batch_size, bucket.length))
         output = self._run(bucket, padded)
@@ -256,10 +260,12 @@ class CompiledModel:
             return output
         return cut(self.output_specs, output, rows, length)
 
-    def _run_unpadded(self, rows: int, length: int, inputs: Inputs) -> Any:
-        """Run code for any size in one piece: the next bucket up says whose."""
-        size = min(n for n in self._sizes(length) if n >= rows)
-        return self._run_padded(Bucket(size, length), inputs, rows, length)
+    def _find_whole(self, rows: int, length: int) -> Bucket | None:
+        """Return the bucket whose code takes so many rows, and any length up to this one, in one piece and unpadded."""
+        if not self._takes_any_size or rows > max(self._sizes(length)):
+            return None
+        bucket = Bucket(min(n for n in self._sizes(length) if n >= rows), length)
+        return bucket if self._lanes[bucket].engine.takes_any_size else None
 
     def _sizes(self, length: int) -> list[int]:
         return [bucket.batch_size for bucket in self._lanes if bucket.length == length]
@@ -304,6 +310,10 @@ class CompiledModel:
             shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in inputs)
             logger.warning("answered eager: no bucket holds inputs of %s", shapes)
         return output
+
+
+def _is_unpadded(lane: Lane) -> bool:
+    return lane.engine.name == "eager" or lane.engine.takes_any_size
 
 
 def _shapes(inputs: Inputs) -> tuple[tuple[torch.dtype, torch.Size], ...]:

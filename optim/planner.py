@@ -38,10 +38,12 @@ class Planner:
     """Puts queued items into groups at the least total cost.
 
     `costs` maps every bucket to what one run of it costs (ms). An item is never split between groups; one of more rows
-    than the largest bucket, or longer than the longest, is a group of its own.
+    than the largest bucket, or longer than the longest, is a group of its own. With `any_size` nothing is padded to its
+    bucket: runs of sizes between buckets cost what lies between, and a group is as long as its longest item.
     """
 
-    def __init__(self, costs: Mapping[Bucket, float]) -> None:
+    def __init__(self, costs: Mapping[Bucket, float], *, any_size: bool = False) -> None:
+        self._any_size = any_size
         self._by_length: dict[int, dict[int, float]] = {}
         for bucket, ms in costs.items():
             self._by_length.setdefault(bucket.length, {})[bucket.batch_size] = ms
@@ -58,6 +60,8 @@ class Planner:
         sizes = [pick_length(item.length, self._lengths) for item in items]
         fitting = sorted((i for i in range(len(items)) if sizes[i] is not None), key=lambda i: (items[i].length, i))
         groups = [Group((i,), items[i].rows, items[i].length) for i in range(len(items)) if sizes[i] is None]
+        # What the n shortest are padded to.
+        lengths = [items[i].length if self._any_size else sizes[i] or 0 for i in fitting]
         # best[n] is (cost of the cheapest plan for the n shortest items, the number of items in its last group).
         best: list[tuple[float, int]] = [(0.0, 0)]
         for end in range(1, len(fitting) + 1):
@@ -69,7 +73,7 @@ class Planner:
                 rows += items[fitting[start]].rows
                 if rows > largest and start < end - 1:
                     break
-                cost = best[start][0] + self._cover(rows, length)[0]
+                cost = best[start][0] + self._cover(rows, lengths[end - 1])[0]
                 if cost * _SAME < found[0]:
                     found = (cost, end - start)
             best.append(found)
@@ -77,8 +81,7 @@ class Planner:
         while end:
             start = end - best[end][1]
             members = tuple(sorted(fitting[start:end]))
-            length = sizes[fitting[end - 1]]
-            assert length is not None
+            length = lengths[end - 1]
             rows = sum(items[i].rows for i in members)
             groups.append(Group(members, rows, length, self._cover(rows, length)[1]))
             end = start
@@ -89,6 +92,30 @@ class Planner:
         return sum(self._cover(group.rows, group.length)[0] for group in groups if group.padded_rows)
 
     def _find_cover(self, rows: int, length: int) -> tuple[float, int]:
-        costs = self._by_length[length]
+        bucket_length = pick_length(length, self._lengths)
+        assert bucket_length is not None
+        costs = self._by_length[bucket_length]
+        if self._any_size and rows <= max(costs):
+            return self._between(rows, length, bucket_length), rows
         runs = cover(rows, costs)
         return sum(costs[size] for size in runs), sum(runs)
+
+    def _between(self, rows: int, length: int, bucket_length: int) -> float:
+        """Return the cost of a run between buckets: linear in rows and length; below the smallest, as there."""
+        sizes = sorted(self._by_length[bucket_length])
+        upper = min(size for size in sizes if size >= rows)
+        above = self._at(upper, length, bucket_length)
+        lower = max((size for size in sizes if size < rows), default=upper)
+        if lower == upper:
+            return above
+        below = self._at(lower, length, bucket_length)
+        return below + (above - below) * (rows - lower) / (upper - lower)
+
+    def _at(self, size: int, length: int, bucket_length: int) -> float:
+        """Return the cost of a run of a bucket's rows at a length between it and the next shorter one of these rows."""
+        above = self._by_length[bucket_length][size]
+        shorter = [n for n in self._lengths if n < bucket_length and size in self._by_length[n]]
+        if not shorter:
+            return above
+        below = self._by_length[shorter[-1]][size]
+        return below + (above - below) * (length - shorter[-1]) / (bucket_length - shorter[-1])

@@ -48,6 +48,8 @@ class Trial:
     is_thorough: bool = True
     """Whether to verify on more than the example."""
     proven: dict[Bucket, Proven] = field(default_factory=dict)
+    _probed: set[tuple[torch.Size, ...]] = field(default_factory=set)
+    """Sizes between buckets that were found right: buckets that take any size share their code."""
 
     def prepare(self) -> Refusal | None:
         """Run preflight and build; return why the engine cannot be used at all, if so."""
@@ -96,6 +98,7 @@ class Trial:
     def _start_over(self) -> None:
         """Give back all the graphs and their memory, and build the engine again."""
         self.proven.clear()
+        self._probed.clear()
         self.engine.close()
         gc.collect()
         if self.engine.job.info.device.type == "cuda":
@@ -123,6 +126,7 @@ class Trial:
             # The same input once more in eager: where that fails too, it was never the compiler's fault.
             self.reference.check_eager(bucket)
             return Refusal.of(engine.name, stage, bucket, error)
+        self._probed |= {_shapes(inputs) for group in self._probes(bucket) for inputs in group}
         self.proven[bucket] = Proven(run, found, None if memory is None else (_reserved(engine) or 0) - memory)
         return None
 
@@ -142,7 +146,13 @@ class Trial:
 
     def _probes(self, bucket: Bucket) -> tuple[list[Inputs], list[Inputs]]:
         """Return the further sizes that a bucket's code must take: to warm up with, and to check alone."""
-        return self.reference.probes(bucket) if self.engine.takes_any_size else ([], [])
+        if not self.engine.takes_any_size:
+            return [], []
+        warm, check = self.reference.probes(bucket)
+        return self._not_probed(warm), self._not_probed(check)
+
+    def _not_probed(self, group: Iterable[Inputs]) -> list[Inputs]:
+        return [inputs for inputs in group if _shapes(inputs) not in self._probed]
 
     def _bounded(self, call: Callable[[], T], what: str) -> T:
         on_gpu = self.engine.job.info.device.type == "cuda"
@@ -170,6 +180,10 @@ class Trial:
             except Mismatch as error:
                 raise Mismatch(f"the output of one call is overwritten by the next: {error}") from error
         return found
+
+
+def _shapes(inputs: Inputs) -> tuple[torch.Size, ...]:
+    return tuple(t.shape for t in inputs)
 
 
 def tolerance(config: Pt2Config) -> float | None:

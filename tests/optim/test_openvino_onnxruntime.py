@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import optim.device
-from optim import CompiledModel, compile_model
+from optim import Bucket, CompiledModel, compile_model
 from optim.device import inspect_device
 from optim.shapes import Example
 from optim.verify import compare
@@ -108,6 +108,43 @@ def test_where_memory_is_short_buckets_share_a_model_with_free_shapes(monkeypatc
     assert "openvino: buckets 4, 1 share a model with free shapes for want of memory" in model.report.notes
     for rows in (1, 3, 9):
         torch.testing.assert_close(model(*models.features(rows)), module(*models.features(rows)))
+
+
+def without_grad(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        answer: torch.Tensor = module(*inputs)
+    return answer
+
+
+@pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
+def test_where_lengths_differ_openvino_runs_every_size_as_it_is() -> None:
+    module = models.MaskedMean().eval()
+    model = build(module, models.tokens, "openvino", lengths=(4, 8))
+    assert set(model.report.engines().values()) == {"openvino"}, model.report.all_refusals()
+    assert not model.pads
+    for rows in range(1, 5):
+        for length in range(1, 9):
+            inputs = models.tokens(rows, length)
+            torch.testing.assert_close(model(*inputs), without_grad(module, *inputs), rtol=1e-4, atol=1e-4)
+            assert model.size_run(rows, length) == rows * length
+    assert model.report.after_ready.failed_runs == 0
+
+
+@pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+def test_beside_code_for_any_size_a_bucket_of_its_own_shape_is_padded_to() -> None:
+    module = models.MaskedMean().eval()
+    model, other = (build(module, models.tokens, name, lengths=(4, 8)) for name in ("openvino", "onnxruntime"))
+    fixed = Bucket(4, 8)
+    model.move_over({fixed: other._lanes[fixed]}, [row for row in other.report.buckets if row.bucket == fixed])
+    assert model.pads
+    assert (model.size_run(1, 7), model.size_run(3, 3)) == (7, 9)
+    assert model.size_run(4, 7) == 32
+    for rows, length in ((1, 7), (3, 3), (4, 7), (6, 7)):
+        inputs = models.tokens(rows, length)
+        torch.testing.assert_close(model(*inputs), without_grad(module, *inputs), rtol=1e-4, atol=1e-4)
+    after = model.report.after_ready
+    assert (after.failed_runs, after.shapes_without_bucket) == (0, 0)
 
 
 def test_channels_last_answers_as_eager() -> None:

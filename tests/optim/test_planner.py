@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from hypothesis import given
@@ -37,6 +38,45 @@ def test_every_item_is_in_one_group_that_fits_it(costs: Mapping[Bucket, float], 
         else:
             (alone,) = group.items
             assert queue[alone].length > max(bucket.length for bucket in costs)
+
+
+@given(grids(), items(longest=80, most_rows=12))
+def test_where_nothing_is_padded_a_group_is_as_long_as_its_longest_item(
+    costs: Mapping[Bucket, float], queue: list[Item]
+) -> None:
+    groups = Planner(costs, any_size=True).plan(queue)
+    assert sorted(i for group in groups for i in group.items) == list(range(len(queue)))
+    longest, most = max(bucket.length for bucket in costs), max(bucket.batch_size for bucket in costs)
+    for group in groups:
+        assert group.length == max(queue[i].length for i in group.items)
+        if group.length > longest:
+            assert (len(group.items), group.padded_rows) == (1, 0)
+        elif group.rows <= most:
+            assert group.padded_rows == group.rows
+        else:
+            assert len(group.items) == 1
+
+
+@given(grids(), st.integers(1, 8), st.integers(1, 64))
+def test_a_size_between_buckets_costs_what_lies_between_them(
+    costs: Mapping[Bucket, float], rows: int, length: int
+) -> None:
+    planner = Planner(costs, any_size=True)
+    [group] = planner.plan([Item(rows, length)])
+    bucket_length = pick_length(length, sorted({bucket.length for bucket in costs}))
+    if bucket_length is None or rows > max(bucket.batch_size for bucket in costs):
+        return
+    if Bucket(rows, length) in costs:
+        assert math.isclose(planner.cost([group]), costs[Bucket(rows, length)])
+    else:
+        assert min(costs.values()) * 0.999999 <= planner.cost([group]) <= max(costs.values()) * 1.000001
+
+
+def test_what_would_be_padded_to_one_bucket_is_not_joined_where_nothing_is_padded() -> None:
+    costs = {Bucket(1, 16): 2.0, Bucket(2, 16): 3.6, Bucket(1, 32): 4.0, Bucket(2, 32): 7.6}
+    queue = [Item(1, 18), Item(1, 31), Item(1, 30)]
+    assert [group.items for group in Planner(costs).plan(queue)] == [(0, 2), (1,)]
+    assert [group.items for group in Planner(costs, any_size=True).plan(queue)] == [(0,), (1, 2)]
 
 
 @given(grids(), items(longest=1))
