@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Families whose position ids begin behind the padding id (transformers, modeling_roberta.py), so fewer are left.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "xmod")
-#: Steps of the default lengths: each costs a bucket, the wider ones padding.
+#: Steps of the default lengths: each costs a bucket, the wider ones padding (not with OpenVINO).
 _LENGTHS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048, 3072, 4096)
 #: What transformers' tokenizers say where they know no limit is a number far above this.
 _NO_LIMIT = 1_000_000

@@ -37,7 +37,7 @@ _KERNEL_COLUMNS = 16
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 with a scale for each row; its input is bfloat16 on a CPU."""
 
-    weight: torch.Tensor  # [N, K, filled up to a multiple of 16]
+    weight: torch.Tensor  # [N, K'], K' being K filled up to a multiple of 16
     scale: torch.Tensor  # [N]
 
     def __init__(self, linear: nn.Linear) -> None:

@@ -58,7 +58,8 @@ def race_apart(
                 return standing
             if turn is None:
                 raise NotCarried(f"the process that was to hold the race {running.end}")
-            lost = Refusal(turn, "build", None, None, f"its process {running.end}")
+            stage = "budget" if running.had_no_time else "build"
+            lost = Refusal(turn, stage, None, None, f"its process {running.end}")
             standing.take(lost)
             tell(lost)
         for late in map(not_tried, waiting):
@@ -83,6 +84,11 @@ class _Racing:
     def end(self) -> str:
         """How the process ended."""
         return self._child.end
+
+    @property
+    def had_no_time(self) -> bool:
+        """Whether it was ended because its time was over."""
+        return self._child.had_no_time
 
     def events(self) -> Iterator[Event]:
         """Yield what the child tells, until it ends or its time is over; then make sure that it is gone."""

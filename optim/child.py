@@ -51,7 +51,7 @@ def pack(folder: Path, job: EngineJob, reference: Reference, names: Sequence[str
         raise NotCarried("cloudpickle is not installed") from error
     data = {
         "module": job.module,
-        "examples": reference.record(probes=bool(job.config.compile.dynamic)),
+        "examples": reference.record(probes=job.has_sizes_between),
         "buckets": tuple(job.samples),
         "config": job.config,
         "phase": job.phase,
@@ -106,6 +106,8 @@ class Child:
 
     def __init__(self, module: str, folder: Path, nicer: int = 0) -> None:
         self.end = "never started"
+        self.had_no_time = False
+        """Whether it was given up for what it took."""
         self.started: float | None = None
         """When it said that it is ready, on time.monotonic's clock."""
         self._log = folder / "stderr"
@@ -148,6 +150,7 @@ class Child:
             is_bounded = self.started is None or seconds is not None
             wait_s = max(deadline - time.monotonic(), 0) if is_bounded else None
             if not select.select([self._pipe], [], [], wait_s)[0]:
+                self.had_no_time = True
                 self.end = f"did not end within {seconds:.0f} s and was stopped"
                 if self.started is None:
                     self.end = f"was not ready within {start_s:.0f} s"

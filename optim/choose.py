@@ -16,7 +16,6 @@ from optim.background import PutOff, put_off
 from optim.buckets import Bucket
 from optim.cache import Busy, Cache, CacheUnusable, default_folder
 from optim.child import NotCarried
-from optim.config import Pt2Config
 from optim.engines import EngineJob, choose_engines
 from optim.errors import describe, is_device_error
 from optim.fingerprint import describe_job, hash_weights, key_of
@@ -152,7 +151,8 @@ def _race(
     """Let engines compete in their turn; return what they built, and the entry where the plan is kept, if it is."""
     with _turn(cache, job, report), _folder() as folder:
         built = start.start_cold(names, folder)
-        return built, _keep(cache, key, folder, Plan.of(report, made_for), job.config, report)
+        must_compile = job.config.must_compile
+        return built, _keep(cache, key, folder, Plan.of(report, made_for), report, must_compile=must_compile)
 
 
 def _not_put_off(report: CompileReport, reason: str) -> None:
@@ -242,17 +242,22 @@ def _folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _keep(cache: Cache, key: str, folder: Path, plan: Plan, config: Pt2Config, report: CompileReport) -> Path | None:
+def _keep(
+    cache: Cache, key: str, folder: Path, plan: Plan, report: CompileReport, *, must_compile: bool
+) -> Path | None:
     """Store what was found and made, unless a bucket is eager for a reason that may not be there next time.
 
-    Where eager won, engines that failed or had no time are no such reason: beside a load they would have none next time
+    Where eager won, that other engines had no time is no such reason: beside a load they would have none next time
     either, and every start would be cold. Nor is a plan kept with which the next start would fail.
     """
-    lasting = set() if config.must_compile else {"time", "preflight", "verify"}
-    for bucket in report.buckets:
-        failed = [r for r in [*report.refusals, *bucket.refusals] if r.stage not in lasting]
-        if bucket.engine == "eager" and not bucket.eager_won and failed:
-            report.notes.append(f"no plan is kept: bucket {bucket.bucket} is eager, and {failed[0]}")
+    lasting = {"time", "preflight", "verify"}
+    for row in report.buckets:
+        if row.engine != "eager":
+            continue
+        known = lasting | {"budget"} if row.eager_won else set() if must_compile else lasting
+        failed = [r for r in [*report.refusals, *row.refusals] if r.stage not in known]
+        if failed:
+            report.notes.append(f"no plan is kept: bucket {row.bucket} is eager, and {failed[0]}")
             return None
 
     def fill(target: Path) -> None:

@@ -51,8 +51,9 @@ class CompiledModel:
     """A module with an engine for every bucket; made by `compile_model`.
 
     Call it like the module, with any number of rows: they are covered by buckets, padded and cut as needed. It never
-    compiles. Calls come from one thread at a time, those of `streams` excepted; where CUDA graphs serve a bucket, only
-    from the thread that built it, since their state belongs to that thread (pytorch issue 123177).
+    compiles (though OpenVINO makes kernels at the first run of each size that it takes as it is). Calls come from one
+    thread at a time, those of `streams` excepted; where CUDA graphs serve a bucket, only from the thread that built it,
+    since their state belongs to that thread (pytorch issue 123177).
     """
 
     def __init__(
@@ -265,7 +266,7 @@ class CompiledModel:
         if not self._takes_any_size or rows > max(self._sizes(length)):
             return None
         bucket = Bucket(min(n for n in self._sizes(length) if n >= rows), length)
-        return bucket if self._lanes[bucket].engine.takes_any_size else None
+        return bucket if _is_unpadded(self._lanes[bucket]) else None
 
     def _sizes(self, length: int) -> list[int]:
         return [bucket.batch_size for bucket in self._lanes if bucket.length == length]

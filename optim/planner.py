@@ -23,7 +23,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Group:
-    """Items to run together: their places in the queue, oldest first, their rows, and the length they are padded to.
+    """Items to run together: their places in the queue, oldest first, their rows, and the length of the run.
 
     `padded_rows` is what the buckets that hold them have in all; 0 where no bucket does, and the items run eager.
     """
@@ -60,7 +60,7 @@ class Planner:
         sizes = [pick_length(item.length, self._lengths) for item in items]
         fitting = sorted((i for i in range(len(items)) if sizes[i] is not None), key=lambda i: (items[i].length, i))
         groups = [Group((i,), items[i].rows, items[i].length) for i in range(len(items)) if sizes[i] is None]
-        # What the n shortest are padded to.
+        # How long a run of the n shortest is.
         lengths = [items[i].length if self._any_size else sizes[i] or 0 for i in fitting]
         # best[n] is (cost of the cheapest plan for the n shortest items, the number of items in its last group).
         best: list[tuple[float, int]] = [(0.0, 0)]
@@ -98,6 +98,9 @@ class Planner:
         if self._any_size and rows <= max(costs):
             return self._between(rows, length, bucket_length), rows
         runs = cover(rows, costs)
+        if self._any_size:  # several runs, the last with what is left
+            sizes = [min(size, rows - sum(runs[:n])) for n, size in enumerate(runs)]
+            return sum(self._between(size, length, bucket_length) for size in sizes), rows
         return sum(costs[size] for size in runs), sum(runs)
 
     def _between(self, rows: int, length: int, bucket_length: int) -> float:

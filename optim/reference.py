@@ -203,13 +203,22 @@ class Reference:
         first, second = ([inputs for inputs in group if inputs is not None] for group in found)
         return first, second
 
+    def sizes_between(self) -> list[Bucket]:
+        """Return sizes up to the buckets' own, those of `probes` and one of some third less length for each bucket."""
+        found: set[Bucket] = set()
+        for bucket in self.samples:
+            found |= _sizes(bucket, (1, 2, 0)) | _sizes(bucket, (-1, 0))
+            found.add(Bucket(bucket.batch_size, bucket.length - bucket.length // 3))
+        return sorted(found - set(self.samples))
+
     def record(self, *, probes: bool = False) -> dict[Bucket, Inputs]:
-        """Return every example that verification will ask for, by size; `probes` includes those of `probes`."""
+        """Return every example that verification will ask for, by size; with `probes`, of sizes between buckets too."""
         for bucket in self.samples:
             if bucket.length > 1:
                 self._try(Bucket(bucket.batch_size, bucket.length // 2), run=False)
-            if probes:
-                self.probes(bucket)
+        if probes:
+            for size in self.sizes_between():
+                self.probe(size)
         return dict(self._seen)
 
     def _find_obstacle(self, bucket: Bucket) -> str | None:

@@ -78,8 +78,9 @@ def build_streams(
     alone = [name for name, engine in compiled.items() if not engine.takes_calls_at_once]
     if alone:
         raise NoStreams(f"code of {alone[0]} takes one call at a time")
-    if not is_room_for(job.weight_bytes * len(lanes)):
-        copies = f"{len(lanes)} more copies of {job.weight_bytes >> 20} MiB"
+    count_of_copies = len({lane.engine.name if lane.engine.takes_any_size else b for b, lane in lanes.items()})
+    if not is_room_for(job.weight_bytes * count_of_copies):
+        copies = f"{count_of_copies} more copies of {job.weight_bytes >> 20} MiB"
         raise NoStreams(f"{copies} might not leave half of the free memory")
     threads = torch.get_num_threads() // count
     with _threads(threads):

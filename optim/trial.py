@@ -15,7 +15,7 @@ from optim.buckets import Bucket
 from optim.config import Pt2Config
 from optim.deadline import OutOfTime, run_within, stuck_calls
 from optim.engines.base import Engine, Runner, Unavailable
-from optim.errors import is_device_error, is_out_of_memory
+from optim.errors import describe, is_device_error, is_out_of_memory
 from optim.monitor import count_compilations
 from optim.reference import Reference
 from optim.report import Refusal
@@ -48,8 +48,6 @@ class Trial:
     is_thorough: bool = True
     """Whether to verify on more than the example."""
     proven: dict[Bucket, Proven] = field(default_factory=dict)
-    _probed: set[tuple[torch.Size, ...]] = field(default_factory=set)
-    """Sizes between buckets that were found right: buckets that take any size share their code."""
 
     def prepare(self) -> Refusal | None:
         """Run preflight and build; return why the engine cannot be used at all, if so."""
@@ -62,7 +60,13 @@ class Trial:
             engine.preflight()
             stage = "build"
             self._bounded(self._build, f"{engine.name}: build")
-        except (Unavailable, OutOfTime) as reason:
+            if engine.takes_any_size and not engine.guards_sizes:
+                why = self._bounded(self._find_wrong_size, f"{engine.name}: sizes")
+                if why is not None:
+                    engine.fix_sizes(why)
+        except OutOfTime as reason:
+            return Refusal(engine.name, "budget", None, None, f"{stage} {reason}")
+        except Unavailable as reason:
             return Refusal(engine.name, stage, None, None, str(reason))
         except (Exception, SystemExit) as error:
             if is_device_error(error):
@@ -98,7 +102,6 @@ class Trial:
     def _start_over(self) -> None:
         """Give back all the graphs and their memory, and build the engine again."""
         self.proven.clear()
-        self._probed.clear()
         self.engine.close()
         gc.collect()
         if self.engine.job.info.device.type == "cuda":
@@ -118,7 +121,9 @@ class Trial:
             stage = "verify"
             with engine.serving():
                 found = self._verify(run, bucket)
-        except (Unavailable, Mismatch, OutOfTime) as reason:
+        except OutOfTime as reason:
+            return Refusal(engine.name, "budget", str(bucket), None, f"{stage} {reason}")
+        except (Unavailable, Mismatch) as reason:
             return Refusal(engine.name, stage, str(bucket), None, str(reason))
         except (Exception, SystemExit) as error:
             if is_device_error(error):
@@ -126,7 +131,6 @@ class Trial:
             # The same input once more in eager: where that fails too, it was never the compiler's fault.
             self.reference.check_eager(bucket)
             return Refusal.of(engine.name, stage, bucket, error)
-        self._probed |= {_shapes(inputs) for group in self._probes(bucket) for inputs in group}
         self.proven[bucket] = Proven(run, found, None if memory is None else (_reserved(engine) or 0) - memory)
         return None
 
@@ -146,13 +150,27 @@ class Trial:
 
     def _probes(self, bucket: Bucket) -> tuple[list[Inputs], list[Inputs]]:
         """Return the further sizes that a bucket's code must take: to warm up with, and to check alone."""
-        if not self.engine.takes_any_size:
-            return [], []
-        warm, check = self.reference.probes(bucket)
-        return self._not_probed(warm), self._not_probed(check)
+        engine = self.engine
+        return self.reference.probes(bucket) if engine.takes_any_size and engine.guards_sizes else ([], [])
 
-    def _not_probed(self, group: Iterable[Inputs]) -> list[Inputs]:
-        return [inputs for inputs in group if _shapes(inputs) not in self._probed]
+    def _find_wrong_size(self) -> str | None:
+        """Return why code without guards may not take every size, or None: it is held against eager between buckets."""
+        engine, reference = self.engine, self.reference
+        allowed = tolerance(engine.job.config)
+        run = with_precision(engine.job.config, engine.compile(max(reference.samples)))
+        for size in reference.sizes_between():
+            inputs = reference.probe(size)
+            if inputs is None:
+                return f"eager does not take size {size}"
+            expected = reference.expect(inputs)
+            try:
+                with engine.serving():
+                    compare(run(*inputs), expected, allowed, reference.exact(inputs))
+            except Exception as error:  # whatever it raises for a size that it was not made for
+                if is_device_error(error):
+                    raise
+                return f"it is not right for size {size}: {describe(error, 300)[1]}"
+        return None
 
     def _bounded(self, call: Callable[[], T], what: str) -> T:
         on_gpu = self.engine.job.info.device.type == "cuda"
@@ -180,10 +198,6 @@ class Trial:
             except Mismatch as error:
                 raise Mismatch(f"the output of one call is overwritten by the next: {error}") from error
         return found
-
-
-def _shapes(inputs: Inputs) -> tuple[torch.Size, ...]:
-    return tuple(t.shape for t in inputs)
 
 
 def tolerance(config: Pt2Config) -> float | None:

@@ -72,6 +72,12 @@ class EngineJob:
         return sum(t.nbytes for t in [*self.module.parameters(), *self.module.buffers()])
 
     @property
+    def has_sizes_between(self) -> bool:
+        """Whether an engine may ask for examples of sizes between the buckets."""
+        several = len({bucket.length for bucket in self.samples}) > 1
+        return bool(self.config.compile.dynamic) or (several and not self.state)
+
+    @property
     def autocast(self) -> bool:
         """Whether the compiled engine is asked to run under bf16."""
         return self.config.autocast
@@ -91,6 +97,8 @@ class Engine:
     needs_dynamo = False
     #: Buckets take any number of rows and any length up to their own, without padding.
     takes_any_size = False
+    #: Such code raises for a size that it was not made for. Else sizes are proven before it may take any (`fix_sizes`).
+    guards_sizes = True
     #: What `compile` returns may be called by several threads at a time.
     takes_calls_at_once = False
     #: The module's declared state is read and written where it lies.
@@ -119,6 +127,10 @@ class Engine:
     def serving(self) -> AbstractContextManager[Any]:
         """Return the context in which calls after warm-up run: none of them may compile."""
         return nullcontext()
+
+    def fix_sizes(self, why: str) -> None:
+        """Take the buckets' own sizes alone: between them the code was found wrong, or eager takes none."""
+        self.takes_any_size = False
 
     def check_warm(self, bucket: Bucket) -> None:
         """Raise where warm-up ended in something else than compiled code (a silent fallback)."""

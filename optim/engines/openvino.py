@@ -17,20 +17,22 @@ _MODEL = "model.xml"
 
 
 class OpenVinoEngine(Engine):
-    """Converts the module once and compiles it for the fixed shape of every bucket; CPU only.
+    """Converts the module once, and compiles that once or for each bucket; CPU only.
 
     Where there are several lengths, all buckets share one model with free shapes, and nothing is padded. Padded to a
     bucket, such a model is as fast as one of fixed shapes in texts of random lengths, since runs of different buckets
     do not push each other's packed weights out; unpadded it is faster (MiniLM on two threads, 5 to 200 tokens: 6.1 ms
     on average against 6.9, the median 4.0 against 5.0), and twelve buckets take 670 MB less (issue 4). The first run of
-    each new size takes about 2.5 ms longer: OpenVINO makes and keeps kernels for it.
+    each new size takes about 2.5 ms longer: OpenVINO makes kernels for it, which it keeps (0.2 MB each).
 
-    With one length the shapes of each bucket are fixed, which is faster for images. Where memory would run short, the
-    rest of these buckets share one model too.
+    With one length, or where sizes between the buckets are not answered as eager answers them, the shapes of each
+    bucket are fixed, which is faster for images. Where memory would run short, the rest of these buckets share one
+    model too.
     """
 
     name = "openvino"
     takes_calls_at_once = True
+    guards_sizes = False
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)
@@ -38,6 +40,7 @@ class OpenVinoEngine(Engine):
         self._free: Any = None
         self._free_buckets: list[str] = []
         self.takes_any_size = len({bucket.length for bucket in job.samples}) > 1
+        self._why_fixed: str | None = None
 
     def preflight(self) -> None:
         """Look for the package, a CPU, and what a trace would bake in."""
@@ -64,7 +67,7 @@ class OpenVinoEngine(Engine):
         self._converted = openvino.convert_model(flat, example_input=sample)
 
     def compile(self, bucket: Bucket) -> Runner:
-        """Compile for one bucket's shapes, on the threads that torch has."""
+        """Compile for one bucket's shapes, or for all of them, on the threads that torch has."""
         openvino = import_openvino()
         sample = self.job.samples[bucket]
         model = self._converted
@@ -108,11 +111,21 @@ class OpenVinoEngine(Engine):
         """Drop the converted model; compiled ones go with what runs them."""
         self._converted = self._free = None
 
+    def fix_sizes(self, why: str) -> None:
+        """Compile each bucket for itself from now on."""
+        super().fix_sizes(why)
+        self._why_fixed, self._free = why, None
+        self._free_buckets.clear()
+
     def notes(self) -> list[str]:
-        """Say which buckets share a model with free shapes."""
-        if not self._free_buckets or self.takes_any_size:
-            return []
-        return [f"openvino: buckets {', '.join(self._free_buckets)} share a model with free shapes for want of memory"]
+        """Say which buckets share a model for want of memory, and why they do not where they would."""
+        found = []
+        if self._why_fixed:
+            found.append(f"openvino: what is smaller than its bucket is padded: {self._why_fixed}")
+        if self._free_buckets and not self.takes_any_size:
+            shared = ", ".join(self._free_buckets)
+            found.append(f"openvino: buckets {shared} share a model with free shapes for want of memory")
+        return found
 
     def _dtypes(self) -> list[torch.dtype]:
         return [spec.dtype for spec in self.job.input_specs] + list(self.job.output_dtypes)
