@@ -62,7 +62,7 @@ class CompileConfig:
     options: Mapping[str, Any] | None = None
     """Inductor options by name, as `torch.compile(options=...)`; not together with `mode`."""
     dynamic: bool | None = None
-    """`true`: code for any batch size and length up to the largest bucket; default: as the engine has it."""
+    """`true`: torch.compile makes code for any size up to the largest bucket; default: for exactly each bucket."""
     fullgraph: bool = False
     """Refuse (and so serve eager) a module that Dynamo cannot trace as one graph. Default false."""
     freeze: bool = True

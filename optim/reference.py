@@ -179,6 +179,10 @@ class Reference:
             self._probed[bucket] = self._try(bucket, run=True)
         return self._probed[bucket]
 
+    def find(self, size: Bucket) -> Inputs | None:
+        """Return an example of a size, or None where there is none; the module has not seen it."""
+        return self._try(size, run=False)
+
     def _try(self, size: Bucket, *, run: bool) -> Inputs | None:
         """Return an example of a size, or None where it, or eager on it, fails: neither has to know every size."""
         try:

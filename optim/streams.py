@@ -107,7 +107,10 @@ def _build(
     """Return the same engines' code for as many threads as torch has now, proven right."""
     found: dict[Bucket, Lane] = {b: Lane(EagerEngine(job), job.module) for b in lanes}
     for name in sorted({lane.engine.name for lane in lanes.values()} - {"eager"}):
-        trial = Trial(make_engine(name, job), reference, limit_s, is_thorough)
+        engine = make_engine(name, job)
+        if engine.takes_any_size and not all(x.engine.takes_any_size for x in lanes.values() if x.engine.name == name):
+            engine.fix_sizes("as on all threads")
+        trial = Trial(engine, reference, limit_s, is_thorough)
         refusal = trial.prepare()
         for bucket in [b for b in sorted(lanes, reverse=True) if lanes[b].engine.name == name]:
             refusal = refusal or trial.prove(bucket).get(bucket)

@@ -77,3 +77,18 @@ def test_what_nobody_waits_for_is_dropped(model: CompiledModel) -> None:
         queue.put(queue.look_at(work))
     assert [queued.work for queued in queue.drop_unwanted()] == [late, gone]
     assert len(queue) == 1
+
+
+@pytest.mark.parametrize(("pads", "first"), [(False, [18]), (True, [18, 30])])
+def test_sizes_between_buckets_count_where_nothing_is_padded_to_them(
+    pads: bool, first: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compile_model(models.MaskedMean(), models.tokens, EAGER, batch_sizes=(1, 2), lengths=(16, 32), device="cpu")
+    assert not model.pads, "eager takes every size"
+    costs = {Bucket(1, 16): 2.0, Bucket(2, 16): 3.6, Bucket(1, 32): 4.0, Bucket(2, 32): 7.6}
+    monkeypatch.setattr(CompiledModel, "costs", costs)
+    monkeypatch.setattr(CompiledModel, "pads", pads)
+    queue = RequestQueue(model)
+    for length in (18, 31, 30):
+        queue.put(queue.look_at(Work(models.tokens(1, length), 1)))
+    assert [queued.item.length for queued in queue.take() if queued.item] == first
