@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from optim.errors import ConfigError
 
+#: Buckets that a race is held on where there are more; the others are tried with what won the nearest of them.
+PROBES = 6
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
@@ -17,6 +20,11 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.batch_size}x{self.length}" if self.length else str(self.batch_size)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of a run; rows, where there is no length."""
+        return self.batch_size * max(self.length, 1)
 
 
 def make_grid(
@@ -48,6 +56,31 @@ def _check_sizes(key: str, sizes: Iterable[int]) -> list[int]:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(key, size, "use whole numbers above 0")
     return sorted(set(given))
+
+
+def pick_probes(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """Return the buckets to race on: all where they are few, else some of every size, the ends included."""
+    by_size = sorted(buckets, key=lambda b: (b.tokens, b))
+    if len(by_size) <= PROBES:
+        return sorted(by_size)
+    places = {round(i * (len(by_size) - 1) / (PROBES - 1)) for i in range(PROBES)}
+    return sorted({by_size[place] for place in places} | {max(by_size)})
+
+
+def pick_between(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """Return sizes between the buckets on which to hold code for any size against eager, the smallest first.
+
+    They are few where they cost much: the first eight lengths of one row, rows next to each batch size at the shortest
+    length, and two lengths below each of the buckets that a race is held on.
+    """
+    grid = set(buckets)
+    shortest, longest = min(b.length for b in grid), max(b.length for b in grid)
+    most_rows = max(b.batch_size for b in grid if b.length == shortest)
+    found = {Bucket(1, length) for length in range(1, min(8, longest) + 1)}
+    found |= {Bucket(n, shortest) for b in grid for n in (b.batch_size - 1, b.batch_size + 1) if 1 <= n <= most_rows}
+    for bucket in pick_probes(grid):
+        found |= {Bucket(bucket.batch_size, bucket.length - less) for less in (1, bucket.length // 3)}
+    return sorted((size for size in found - grid if size.length > 0), key=lambda size: (size.tokens, size))
 
 
 def pick_length(length: int, lengths: Iterable[int]) -> int | None:

@@ -25,7 +25,8 @@ class Item:
 class Group:
     """Items to run together: their places in the queue, oldest first, their rows, and the length of the run.
 
-    `padded_rows` is what the buckets that hold them have in all; 0 where no bucket does, and the items run eager.
+    `padded_rows` is what runs: what the buckets that hold them have in all, or the rows, where nothing is padded; 0
+    where no bucket holds them, and they run eager.
     """
 
     items: tuple[int, ...]

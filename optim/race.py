@@ -47,9 +47,6 @@ SIMPLICITY = (
     "ipex-compile",
 )
 
-#: Buckets that a race is held on where there are more; the others are tried with what won the nearest of them.
-PROBES = 6
-
 
 @dataclass(frozen=True)
 class Round:
@@ -94,27 +91,14 @@ class Standing:
             self.notes.append(event.text)
 
 
-def pick_probes(buckets: Iterable[Bucket]) -> list[Bucket]:
-    """Return the buckets to race on: all where they are few, else some of every size, the ends included."""
-    by_size = sorted(buckets, key=lambda b: (_tokens(b), b))
-    if len(by_size) <= PROBES:
-        return sorted(by_size)
-    places = {round(i * (len(by_size) - 1) / (PROBES - 1)) for i in range(PROBES)}
-    return sorted({by_size[place] for place in places} | {max(by_size)})
-
-
 def nearest(bucket: Bucket, others: Iterable[Bucket]) -> Bucket:
     """Return the bucket among others whose number of tokens is closest by ratio, then whose rows are."""
 
     def distance(other: Bucket) -> tuple[float, float, Bucket]:
-        tokens = abs(math.log(_tokens(other) / _tokens(bucket)))
+        tokens = abs(math.log(other.tokens / bucket.tokens))
         return tokens, abs(math.log(other.batch_size / bucket.batch_size)), other
 
     return min(others, key=distance)
-
-
-def _tokens(bucket: Bucket) -> int:
-    return bucket.batch_size * max(bucket.length, 1)
 
 
 def not_tried(name: str, bucket: Bucket | None = None) -> Refusal:

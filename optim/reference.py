@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optim.buckets import Bucket
+from optim.buckets import Bucket, pick_between
 from optim.errors import ConfigError, ModelError, describe, is_device_error, is_out_of_memory
 from optim.shapes import Example, Inputs, TensorSpec, cut, make_specs, normalize, pad, take_rows
 from optim.state import State
@@ -176,24 +176,25 @@ class Reference:
     def probe(self, bucket: Bucket) -> Inputs | None:
         """Return an example of another size than the declared ones, or None where example or module refuse it."""
         if bucket not in self._probed:
-            self._probed[bucket] = self._try(bucket, run=True)
+            inputs = self.find(bucket)
+            try:
+                if inputs is not None:
+                    self.run(inputs)
+            except Exception as error:  # nor does eager have to know every size
+                if is_device_error(error):
+                    raise
+                inputs = None
+            self._probed[bucket] = inputs
         return self._probed[bucket]
 
     def find(self, size: Bucket) -> Inputs | None:
-        """Return an example of a size, or None where there is none; the module has not seen it."""
-        return self._try(size, run=False)
-
-    def _try(self, size: Bucket, *, run: bool) -> Inputs | None:
-        """Return an example of a size, or None where it, or eager on it, fails: neither has to know every size."""
+        """Return an example of a size, or None where there is none: it need not know every size."""
         try:
-            inputs = self._seen.get(size) or self._make_sample(size)
-            if run:
-                self.run(inputs)
+            return self._seen.get(size) or self._make_sample(size)
         except Exception as error:
             if is_device_error(error):
                 raise
             return None
-        return inputs
 
     def probes(self, bucket: Bucket) -> tuple[list[Inputs], list[Inputs]]:
         """Return examples of other sizes up to a bucket's: those to warm code for any size with, and those to check it.
@@ -207,22 +208,15 @@ class Reference:
         first, second = ([inputs for inputs in group if inputs is not None] for group in found)
         return first, second
 
-    def sizes_between(self) -> list[Bucket]:
-        """Return sizes up to the buckets' own, those of `probes` and one of some third less length for each bucket."""
-        found: set[Bucket] = set()
-        for bucket in self.samples:
-            found |= _sizes(bucket, (1, 2, 0)) | _sizes(bucket, (-1, 0))
-            found.add(Bucket(bucket.batch_size, bucket.length - bucket.length // 3))
-        return sorted(found - set(self.samples))
-
     def record(self, *, probes: bool = False) -> dict[Bucket, Inputs]:
         """Return every example that verification will ask for, by size; with `probes`, of sizes between buckets too."""
-        for bucket in self.samples:
-            if bucket.length > 1:
-                self._try(Bucket(bucket.batch_size, bucket.length // 2), run=False)
+        wanted = {Bucket(b.batch_size, b.length // 2) for b in self.samples if b.length > 1}
         if probes:
-            for size in self.sizes_between():
-                self.probe(size)
+            wanted.update(pick_between(self.samples))
+            for bucket in self.samples:
+                wanted |= _sizes(bucket, (1, 2, 0)) | _sizes(bucket, (-1, 0))
+        for size in wanted:
+            self.find(size)
         return dict(self._seen)
 
     def _find_obstacle(self, bucket: Bucket) -> str | None:

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from optim.arena import race_apart
-from optim.buckets import Bucket
+from optim.buckets import Bucket, pick_probes
 from optim.builder import Builder
 from optim.child import NotCarried
 from optim.engines import EngineJob
 from optim.model import Lane
 from optim.plan import BadPlan, Plan
-from optim.race import Event, Race, Standing, nearest, pick_probes, rank
+from optim.race import Event, Race, Standing, nearest, rank
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport
 from optim.streams import NoStreams, Streams, build_streams

@@ -78,9 +78,9 @@ def build_streams(
     alone = [name for name, engine in compiled.items() if not engine.takes_calls_at_once]
     if alone:
         raise NoStreams(f"code of {alone[0]} takes one call at a time")
-    count_of_copies = len({lane.engine.name if lane.engine.takes_any_size else b for b, lane in lanes.items()})
-    if not is_room_for(job.weight_bytes * count_of_copies):
-        copies = f"{count_of_copies} more copies of {job.weight_bytes >> 20} MiB"
+    number = len({lane.engine.name if lane.engine.takes_any_size else b for b, lane in lanes.items()})
+    if not is_room_for(job.weight_bytes * number):
+        copies = f"{number} more copies of {job.weight_bytes >> 20} MiB"
         raise NoStreams(f"{copies} might not leave half of the free memory")
     threads = torch.get_num_threads() // count
     with _threads(threads):
@@ -106,9 +106,10 @@ def _build(
 ) -> dict[Bucket, Lane]:
     """Return the same engines' code for as many threads as torch has now, proven right."""
     found: dict[Bucket, Lane] = {b: Lane(EagerEngine(job), job.module) for b in lanes}
-    for name in sorted({lane.engine.name for lane in lanes.values()} - {"eager"}):
+    on_all_threads = {lane.engine.name: lane.engine for lane in lanes.values() if lane.engine.name != "eager"}
+    for name in sorted(on_all_threads):
         engine = make_engine(name, job)
-        if engine.takes_any_size and not all(x.engine.takes_any_size for x in lanes.values() if x.engine.name == name):
+        if engine.takes_any_size and not on_all_threads[name].takes_any_size:
             engine.fix_sizes("as on all threads")
         trial = Trial(engine, reference, limit_s, is_thorough)
         refusal = trial.prepare()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from optim.attention import attention, with_precision
-from optim.buckets import Bucket
+from optim.buckets import Bucket, pick_between
 from optim.config import Pt2Config
 from optim.deadline import OutOfTime, run_within, stuck_calls
 from optim.engines.base import Engine, Runner, Unavailable
@@ -19,7 +20,7 @@ from optim.errors import describe, is_device_error, is_out_of_memory
 from optim.monitor import count_compilations
 from optim.reference import Reference
 from optim.report import Refusal
-from optim.shapes import Inputs
+from optim.shapes import Inputs, measure
 from optim.verify import TOLERANCES, Difference, Mismatch, compare
 
 T = TypeVar("T")
@@ -46,12 +47,12 @@ class Trial:
     reference: Reference
     limit_s: float
     is_thorough: bool = True
-    """Whether to verify on more than the example."""
+    """Whether to verify on more than the example, and sizes between buckets."""
     proven: dict[Bucket, Proven] = field(default_factory=dict)
 
     def prepare(self) -> Refusal | None:
         """Run preflight and build; return why the engine cannot be used at all, if so."""
-        engine, stage = self.engine, "preflight"
+        engine, stage, started = self.engine, "preflight", time.monotonic()
         try:
             if engine.needs_dynamo and stuck_calls():
                 raise Unavailable(f"an earlier compilation hangs and holds Dynamo's lock ({stuck_calls()[0]})")
@@ -61,7 +62,7 @@ class Trial:
             stage = "build"
             self._bounded(self._build, f"{engine.name}: build")
             if engine.takes_any_size and not engine.guards_sizes and self.is_thorough:
-                why = self._bounded(self._find_wrong_size, f"{engine.name}: sizes")
+                why = self._look_between(self.limit_s - (time.monotonic() - started))
                 if why is not None:
                     engine.fix_sizes(why)
         except OutOfTime as reason:
@@ -153,28 +154,30 @@ class Trial:
         engine = self.engine
         return self.reference.probes(bucket) if engine.takes_any_size and engine.guards_sizes else ([], [])
 
+    def _look_between(self, left_s: float) -> str | None:
+        """Return why code that has no guards may not take every size, or None; in a part of the time that is left."""
+        try:
+            return run_within(max(left_s / 4, 1.0), f"{self.engine.name}: sizes", self._find_wrong_size)
+        except OutOfTime as reason:
+            return f"holding sizes between them against eager {reason}"
+
     def _find_wrong_size(self) -> str | None:
-        """Return why code without guards may not take every size, or None: it is held against eager between buckets."""
         engine, reference = self.engine, self.reference
-        allowed = tolerance(engine.job.config)
-        run = with_precision(engine.job.config, engine.compile(max(reference.samples)))
-        for size in reference.sizes_between():
+        job, allowed = engine.job, tolerance(engine.job.config)
+        run: Runner | None = None
+        for size in pick_between(reference.samples):
             inputs = reference.find(size)
-            if inputs is None:
-                return f"there is no example of size {size} that eager takes"
+            if inputs is None or measure(job.input_specs, inputs) != (size.batch_size, size.length):
+                return f"there is no example of size {size}"
             try:
+                run = run or with_precision(job.config, engine.compile(max(reference.samples)))
                 expected = reference.expect(inputs)
-            except Exception as error:  # it need not know every size
-                if is_device_error(error):
-                    raise
-                return f"eager does not take size {size}: {describe(error, 300)[1]}"
-            try:
                 with engine.serving():
                     compare(run(*inputs), expected, allowed, reference.exact(inputs))
-            except Exception as error:  # whatever it raises for a size that it was not made for
+            except Exception as error:  # of eager, which need not take it, or of the engine
                 if is_device_error(error):
                     raise
-                return f"it is not right for size {size}: {describe(error, 300)[1]}"
+                return f"size {size}: {describe(error, 300)[1]}"
         return None
 
     def _bounded(self, call: Callable[[], T], what: str) -> T:

@@ -74,8 +74,12 @@ class EngineJob:
     @property
     def has_sizes_between(self) -> bool:
         """Whether an engine may ask for examples of sizes between the buckets."""
-        several = len({bucket.length for bucket in self.samples}) > 1
-        return bool(self.config.compile.dynamic) or (several and not self.state)
+        return bool(self.config.compile.dynamic) or (self.has_lengths and not self.state)
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether buckets differ in length."""
+        return len({bucket.length for bucket in self.samples}) > 1
 
     @property
     def autocast(self) -> bool:

@@ -39,7 +39,7 @@ class OpenVinoEngine(Engine):
         self._converted: Any = None
         self._free: Any = None
         self._free_buckets: list[str] = []
-        self.takes_any_size = len({bucket.length for bucket in job.samples}) > 1
+        self.takes_any_size = job.has_lengths
         self._why_fixed: str | None = None
 
     def preflight(self) -> None:
@@ -87,7 +87,8 @@ class OpenVinoEngine(Engine):
             compiled = openvino.Core().compile_model(model, "CPU", properties)
         else:
             self._free = self._free or openvino.Core().compile_model(model, "CPU", properties)
-            self._free_buckets.append(str(bucket))
+            if not self.takes_any_size:
+                self._free_buckets.append(str(bucket))
             compiled = self._free
         ports = compiled.outputs
         rebuild, dtypes = self.job.rebuild, self.job.output_dtypes
@@ -115,14 +116,13 @@ class OpenVinoEngine(Engine):
         """Compile each bucket for itself from now on."""
         super().fix_sizes(why)
         self._why_fixed, self._free = why, None
-        self._free_buckets.clear()
 
     def notes(self) -> list[str]:
         """Say which buckets share a model for want of memory, and why they do not where they would."""
         found = []
         if self._why_fixed:
             found.append(f"openvino: what is smaller than its bucket is padded: {self._why_fixed}")
-        if self._free_buckets and not self.takes_any_size:
+        if self._free_buckets:
             shared = ", ".join(self._free_buckets)
             found.append(f"openvino: buckets {shared} share a model with free shapes for want of memory")
         return found

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from optim.buckets import Bucket, cover, make_grid, pick_length
+from optim.buckets import Bucket, cover, make_grid, pick_between, pick_length
 from optim.errors import ConfigError
 
 pytest.importorskip("hypothesis")  # a GPU machine may have pytest alone
@@ -56,3 +56,28 @@ def test_the_grid() -> None:
             make_grid(wrong)  # type: ignore[arg-type]
     assert pick_length(9, [8, 16, 32]) == 16
     assert pick_length(33, [8, 16, 32]) is None
+
+
+@given(
+    st.lists(st.integers(1, 16), min_size=1, max_size=4),
+    st.lists(st.integers(1, 300), min_size=2, max_size=12, unique=True),
+    st.integers(1, 400),
+)
+def test_sizes_between_buckets_are_of_none_and_within_the_grid(
+    batch_sizes: list[int], lengths: list[int], token_budget: int
+) -> None:
+    grid = make_grid(batch_sizes, lengths, token_budget)
+    between = pick_between(grid)
+    for size in between:
+        assert size not in grid
+        held = pick_length(size.length, lengths)
+        assert held is not None
+        assert any(bucket.length == held and bucket.batch_size >= size.batch_size for bucket in grid)
+    if max(lengths) > len(lengths):
+        assert between
+
+
+def test_sizes_between_the_buckets_of_texts() -> None:
+    grid = make_grid((1, 2, 4), (16, 32, 64), token_budget=64)
+    short = "1x1 1x2 1x3 1x4 1x5 1x6 1x7 1x8 1x11 1x15"
+    assert " ".join(map(str, pick_between(grid))) == f"{short} 1x22 2x11 2x15 1x31 1x43 2x22 4x11 3x16 4x15 2x31 1x63"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from optim import CompileError, compile_model
+from optim.buckets import PROBES
 from optim.cache import default_folder
-from optim.race import PROBES
 from optim.report import CompileReport
 from tests.support import backends, models
 

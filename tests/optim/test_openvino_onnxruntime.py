@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import optim.device
 from optim import Bucket, CompiledModel, compile_model
 from optim.device import inspect_device
 from optim.shapes import Example
+from optim.trial import Trial
 from optim.verify import compare
 from tests.support import models
 
@@ -144,31 +146,86 @@ class OddOnes(models.MaskedMean):
         return super().forward(ids // 2 if ids.shape[1] % 2 else ids, mask)
 
 
-@pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("when", ["start", "background"])
-@pytest.mark.parametrize(
-    ("module", "reason", "sizes"),
-    [
-        (Quarters(), "", [(1, 8), (3, 12)]),
-        (OddOnes(), "it is not right for size", [(2, 8)]),
-    ],
-)
-def test_openvino_takes_no_size_between_buckets_that_it_would_answer_wrongly(
-    module: nn.Module, reason: str, sizes: list[tuple[int, int]], when: str
-) -> None:
-    """OpenVINO looks at no size: it computes something for each."""
-    module.eval()
-    section = {"compile": {"backend": "openvino", "only_if_faster": False, "when": when}}
-    model = compile_model(module, models.tokens, section, batch_sizes=(1, 4), lengths=(4, 8, 12), device="cpu")
+NEEDS_OPENVINO = pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
+HOW = {
+    "named": {"compile": {"backend": "openvino", "only_if_faster": False}},
+    "in the background": {"compile": {"backend": "openvino", "only_if_faster": False, "when": "background"}},
+    "raced": {"compile": {"only_if_faster": False}, "tune": {"engines": ["openvino"], "budget_s": 60}},
+}
+
+
+def padded_openvino(
+    module: nn.Module, example: Example = models.tokens, how: str = "named", streams: int = 1
+) -> CompiledModel:
+    """Build, and check that OpenVINO serves every bucket, and nothing between them."""
+    grid: dict[str, Any] = {"batch_sizes": (1, 4), "lengths": (4, 8, 12)}
+    model = compile_model(module.eval(), example, HOW[how], streams=streams, device="cpu", **grid)
     if model.background is not None:
         model.background.run(lambda change: change())
     assert set(model.report.engines().values()) == {"openvino"}, model.report.all_refusals()
     assert model.pads
-    assert any(f"what is smaller than its bucket is padded: {reason}" in note for note in model.report.notes)
-    for rows, length in sizes:
-        inputs = models.tokens(rows, length)
-        assert compare(model(*inputs), without_grad(module, *inputs)).max_abs < 1e-4
+    assert any("what is smaller than its bucket is padded: " in note for note in model.report.notes)
+    return model
+
+
+@NEEDS_OPENVINO
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(("module", "sizes"), [(Quarters(), [(1, 8), (3, 12)]), (OddOnes(), [(2, 8), (4, 12)])])
+def test_openvino_takes_no_size_between_buckets_that_it_would_answer_wrongly(
+    module: nn.Module, sizes: list[tuple[int, int]], how: str
+) -> None:
+    """OpenVINO looks at no size: it computes something for each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        cold, again = (padded_openvino(module, how=how, streams=2) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert again.report.start == "warm"
+    for model in (cold, again):
+        assert model.streams is not None, model.report.notes
+        assert model.streams.model.pads
+        for rows, length in sizes:
+            inputs = models.tokens(rows, length)
+            for served in (model, model.streams.model):
+                assert compare(served(*inputs), without_grad(module, *inputs)).max_abs < 1e-4
+
+
+def rounded(rows: int, length: int | None = None) -> tuple[torch.Tensor, ...]:
+    return models.tokens(rows, -(-(length or 0) // 4) * 4)
+
+
+@NEEDS_OPENVINO
+def test_an_example_of_another_size_proves_nothing() -> None:
+    model = padded_openvino(Quarters(), rounded)
+    assert any("there is no example of size 1x1" in note for note in model.report.notes)
+
+
+@NEEDS_OPENVINO
+def test_sizes_that_there_is_no_time_to_prove_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(self: Trial) -> None:
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Trial, "_find_wrong_size", hang)
+    monkeypatch.setattr("optim.start.ENGINE_LIMIT_S", 40.0)
+    padded_openvino(models.MaskedMean())
+
+
+@NEEDS_OPENVINO
+def test_a_module_that_openvino_takes_in_fixed_shapes_alone_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    compile_one = openvino.Core.compile_model
+
+    def fixed_alone(core: Any, model: Any, *more: Any) -> Any:
+        if model.is_dynamic():
+            raise RuntimeError("to_shape was called on a dynamic shape")
+        return compile_one(core, model, *more)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", fixed_alone)
+    padded_openvino(models.MaskedMean())
 
 
 @pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
