@@ -80,7 +80,7 @@ def put_off(todo: PutOff, job: EngineJob, reference: Reference, names: list[str]
     pack(Path(folder.name), replace(job, config=job.config.at_start()), reference, names, **given)
     return replace(
         todo,
-        carried=(replace(job, module=twin), reference.of_copy(twin, probes=job.has_sizes_between), folder),
+        carried=(replace(job, module=twin), reference.of_copy(twin, probes=bool(job.config.compile.dynamic)), folder),
     )
 
 

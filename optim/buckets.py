@@ -70,11 +70,14 @@ def pick_probes(buckets: Iterable[Bucket]) -> list[Bucket]:
 def pick_between(buckets: Iterable[Bucket]) -> list[Bucket]:
     """Return sizes between the buckets on which to hold code for any size against eager, the smallest first.
 
-    They are few where they cost much: the first eight lengths of one row, rows next to each batch size at the shortest
-    length, and two lengths below each of the buckets that a race is held on.
+    There are none where there is one length. They are few where they cost much: the first eight lengths of one row,
+    rows next to each batch size at the shortest length, and two lengths below each of the buckets that a race is held
+    on.
     """
     grid = set(buckets)
     shortest, longest = min(b.length for b in grid), max(b.length for b in grid)
+    if shortest == longest:
+        return []
     most_rows = max(b.batch_size for b in grid if b.length == shortest)
     found = {Bucket(1, length) for length in range(1, min(8, longest) + 1)}
     found |= {Bucket(n, shortest) for b in grid for n in (b.batch_size - 1, b.batch_size + 1) if 1 <= n <= most_rows}

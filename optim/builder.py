@@ -92,7 +92,7 @@ class Builder:
                     self._rows[fallen].refusals.append(refusal)
             if not whole:
                 settle(bucket)
-        self._report.notes += [note for note in trial.engine.notes() if note not in self._report.notes]
+        self._report.notes += [note for note in trial.notes() if note not in self._report.notes]
         for bucket in buckets if whole else ():
             settle(bucket)
         return found

@@ -51,7 +51,7 @@ def pack(folder: Path, job: EngineJob, reference: Reference, names: Sequence[str
         raise NotCarried("cloudpickle is not installed") from error
     data = {
         "module": job.module,
-        "examples": reference.record(probes=job.has_sizes_between),
+        "examples": reference.record(probes=bool(job.config.compile.dynamic)),
         "buckets": tuple(job.samples),
         "config": job.config,
         "phase": job.phase,

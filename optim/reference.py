@@ -209,10 +209,11 @@ class Reference:
         return first, second
 
     def record(self, *, probes: bool = False) -> dict[Bucket, Inputs]:
-        """Return every example that verification will ask for, by size; with `probes`, of sizes between buckets too."""
+        """Return every example that verification will ask for, by size; `probes` includes those of `probes`."""
         wanted = {Bucket(b.batch_size, b.length // 2) for b in self.samples if b.length > 1}
-        if probes:
+        if not self.state:
             wanted.update(pick_between(self.samples))
+        if probes:
             for bucket in self.samples:
                 wanted |= _sizes(bucket, (1, 2, 0)) | _sizes(bucket, (-1, 0))
         for size in wanted:

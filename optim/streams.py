@@ -85,7 +85,8 @@ def build_streams(
     threads = torch.get_num_threads() // count
     with _threads(threads):
         # With a plan, the whole of what is built was held against eager more than once, on other threads.
-        built = _build(replace(job, streams=count), reference, lanes, limit_s, is_thorough=plan is None)
+        several = replace(job, streams=count)
+        built = _build(several, reference, lanes, limit_s, report.notes, is_thorough=plan is None)
     if plan is not None:
         return Streams(count, threads, built, {bucket: row["stream_ms"] for bucket, row in plan.rows.items()})
     costs: dict[Bucket, float] = {}
@@ -102,7 +103,13 @@ def build_streams(
 
 
 def _build(
-    job: EngineJob, reference: Reference, lanes: Mapping[Bucket, Lane], limit_s: float, *, is_thorough: bool
+    job: EngineJob,
+    reference: Reference,
+    lanes: Mapping[Bucket, Lane],
+    limit_s: float,
+    notes: list[str],
+    *,
+    is_thorough: bool,
 ) -> dict[Bucket, Lane]:
     """Return the same engines' code for as many threads as torch has now, proven right."""
     found: dict[Bucket, Lane] = {b: Lane(EagerEngine(job), job.module) for b in lanes}
@@ -110,7 +117,7 @@ def _build(
     for name in sorted(on_all_threads):
         engine = make_engine(name, job)
         if engine.takes_any_size and not on_all_threads[name].takes_any_size:
-            engine.fix_sizes("as on all threads")
+            engine.fix_sizes()
         trial = Trial(engine, reference, limit_s, is_thorough)
         refusal = trial.prepare()
         for bucket in [b for b in sorted(lanes, reverse=True) if lanes[b].engine.name == name]:
@@ -120,6 +127,7 @@ def _build(
                 raise NoStreams(str(refusal))
             found[bucket] = Lane(trial.engine, trial.proven[bucket].run)
         trial.engine.finish()
+        notes += [f"on streams: {note}" for note in trial.notes()]
     return found
 
 

@@ -49,6 +49,8 @@ class Trial:
     is_thorough: bool = True
     """Whether to verify on more than the example, and sizes between buckets."""
     proven: dict[Bucket, Proven] = field(default_factory=dict)
+    why_fixed: str | None = None
+    """Why code for any size takes those of the buckets alone."""
 
     def prepare(self) -> Refusal | None:
         """Run preflight and build; return why the engine cannot be used at all, if so."""
@@ -62,9 +64,9 @@ class Trial:
             stage = "build"
             self._bounded(self._build, f"{engine.name}: build")
             if engine.takes_any_size and not engine.guards_sizes and self.is_thorough:
-                why = self._look_between(self.limit_s - (time.monotonic() - started))
-                if why is not None:
-                    engine.fix_sizes(why)
+                self.why_fixed = self._look_between(self.limit_s - (time.monotonic() - started))
+                if self.why_fixed is not None:
+                    engine.fix_sizes()
         except OutOfTime as reason:
             return Refusal(engine.name, "budget", None, None, f"{stage} {reason}")
         except Unavailable as reason:
@@ -99,6 +101,13 @@ class Trial:
             if refusal is not None:
                 fallen[current] = refusal
         return fallen
+
+    def notes(self) -> list[str]:
+        """Return what is worth knowing about the engine's code once all buckets are done."""
+        found = self.engine.notes()
+        if self.why_fixed is not None:
+            found.append(f"{self.engine.name}: what is smaller than its bucket is padded: {self.why_fixed}")
+        return found
 
     def _start_over(self) -> None:
         """Give back all the graphs and their memory, and build the engine again."""
@@ -159,6 +168,7 @@ class Trial:
         try:
             return run_within(max(left_s / 4, 1.0), f"{self.engine.name}: sizes", self._find_wrong_size)
         except OutOfTime as reason:
+            gc.collect()  # what the interrupted call held is in a cycle with its exception
             return f"holding sizes between them against eager {reason}"
 
     def _find_wrong_size(self) -> str | None:
@@ -177,7 +187,7 @@ class Trial:
             except Exception as error:  # of eager, which need not take it, or of the engine
                 if is_device_error(error):
                     raise
-                return f"size {size}: {describe(error, 300)[1]}"
+                return f"size {size}: " + ": ".join(describe(error, 300))
         return None
 
     def _bounded(self, call: Callable[[], T], what: str) -> T:

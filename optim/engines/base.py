@@ -72,11 +72,6 @@ class EngineJob:
         return sum(t.nbytes for t in [*self.module.parameters(), *self.module.buffers()])
 
     @property
-    def has_sizes_between(self) -> bool:
-        """Whether an engine may ask for examples of sizes between the buckets."""
-        return bool(self.config.compile.dynamic) or (self.has_lengths and not self.state)
-
-    @property
     def has_lengths(self) -> bool:
         """Whether buckets differ in length."""
         return len({bucket.length for bucket in self.samples}) > 1
@@ -132,8 +127,8 @@ class Engine:
         """Return the context in which calls after warm-up run: none of them may compile."""
         return nullcontext()
 
-    def fix_sizes(self, why: str) -> None:
-        """Take the buckets' own sizes alone: between them the code was found wrong, or eager takes none."""
+    def fix_sizes(self) -> None:
+        """Take the buckets' own sizes alone from now on: that others are answered as eager does could not be shown."""
         self.takes_any_size = False
 
     def check_warm(self, bucket: Bucket) -> None:

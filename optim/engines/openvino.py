@@ -25,9 +25,9 @@ class OpenVinoEngine(Engine):
     on average against 6.9, the median 4.0 against 5.0), and twelve buckets take 670 MB less (issue 4). The first run of
     each new size takes about 2.5 ms longer: OpenVINO makes kernels for it, which it keeps (0.2 MB each).
 
-    With one length, or where sizes between the buckets are not answered as eager answers them, the shapes of each
-    bucket are fixed, which is faster for images. Where memory would run short, the rest of these buckets share one
-    model too.
+    With one length, or where it could not be shown that sizes between the buckets are answered as eager does, the
+    shapes of each bucket are fixed, which is faster for images. Where memory would run short, the rest of these buckets
+    share one model too.
     """
 
     name = "openvino"
@@ -40,7 +40,6 @@ class OpenVinoEngine(Engine):
         self._free: Any = None
         self._free_buckets: list[str] = []
         self.takes_any_size = job.has_lengths
-        self._why_fixed: str | None = None
 
     def preflight(self) -> None:
         """Look for the package, a CPU, and what a trace would bake in."""
@@ -112,20 +111,16 @@ class OpenVinoEngine(Engine):
         """Drop the converted model; compiled ones go with what runs them."""
         self._converted = self._free = None
 
-    def fix_sizes(self, why: str) -> None:
+    def fix_sizes(self) -> None:
         """Compile each bucket for itself from now on."""
-        super().fix_sizes(why)
-        self._why_fixed, self._free = why, None
+        super().fix_sizes()
+        self._free = None
 
     def notes(self) -> list[str]:
-        """Say which buckets share a model for want of memory, and why they do not where they would."""
-        found = []
-        if self._why_fixed:
-            found.append(f"openvino: what is smaller than its bucket is padded: {self._why_fixed}")
-        if self._free_buckets:
-            shared = ", ".join(self._free_buckets)
-            found.append(f"openvino: buckets {shared} share a model with free shapes for want of memory")
-        return found
+        """Say which buckets share a model for want of memory."""
+        if not self._free_buckets:
+            return []
+        return [f"openvino: buckets {', '.join(self._free_buckets)} share a model with free shapes for want of memory"]
 
     def _dtypes(self) -> list[torch.dtype]:
         return [spec.dtype for spec in self.job.input_specs] + list(self.job.output_dtypes)
