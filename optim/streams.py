@@ -16,6 +16,7 @@ import torch
 from optim.buckets import Bucket
 from optim.device import is_room_for, set_threads
 from optim.engines import EagerEngine, EngineJob, make_engine
+from optim.engines.base import Engine
 from optim.errors import ConfigError
 from optim.model import Lane
 from optim.plan import Plan
@@ -86,7 +87,7 @@ def build_streams(
     with _threads(threads):
         # With a plan, the whole of what is built was held against eager more than once, on other threads.
         several = replace(job, streams=count)
-        built = _build(several, reference, lanes, limit_s, report.notes, is_thorough=plan is None)
+        built = _build(several, reference, lanes, compiled, limit_s, report.notes, is_thorough=plan is None)
     if plan is not None:
         return Streams(count, threads, built, {bucket: row["stream_ms"] for bucket, row in plan.rows.items()})
     costs: dict[Bucket, float] = {}
@@ -106,6 +107,7 @@ def _build(
     job: EngineJob,
     reference: Reference,
     lanes: Mapping[Bucket, Lane],
+    compiled: Mapping[str, Engine],
     limit_s: float,
     notes: list[str],
     *,
@@ -113,10 +115,9 @@ def _build(
 ) -> dict[Bucket, Lane]:
     """Return the same engines' code for as many threads as torch has now, proven right."""
     found: dict[Bucket, Lane] = {b: Lane(EagerEngine(job), job.module) for b in lanes}
-    on_all_threads = {lane.engine.name: lane.engine for lane in lanes.values() if lane.engine.name != "eager"}
-    for name in sorted(on_all_threads):
+    for name in sorted(compiled):
         engine = make_engine(name, job)
-        if engine.takes_any_size and not on_all_threads[name].takes_any_size:
+        if engine.takes_any_size and not compiled[name].takes_any_size:
             engine.fix_sizes()
         trial = Trial(engine, reference, limit_s, is_thorough)
         refusal = trial.prepare()
