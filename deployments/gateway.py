@@ -145,7 +145,8 @@ class Gateway:
             model = message.get("model") if isinstance(message, dict) else None
             if not isinstance(model, str):
                 raise BadRequest(f"model: {model!r} is not the name of a model")
-            return await self._ask(await self._directory.find(model), request, body, started)
+            handle, may_stream = await self._directory.find(model), message.get("stream") is True
+            return await self._ask(handle, request, body, started, may_stream=may_stream)
 
     async def _ping(self, request: Request) -> Response:
         return json_reply({"status": "Healthy"})

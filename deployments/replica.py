@@ -7,6 +7,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Any
 
 import ray
@@ -14,7 +15,7 @@ from ray import serve
 
 from deployments.admission import Admission
 from deployments.args import ModelArgs
-from deployments.asgi_call import Headers, call_app
+from deployments.asgi_call import Headers, Parts, call_app, call_app_in_parts
 from deployments.compile import resources
 from deployments.grpc import InferenceServicer
 from deployments.host_pool import make_host_pool
@@ -125,6 +126,12 @@ class Replica(InferenceServicer):
     async def answer(self, method: str, path: str, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
         """Answer an HTTP request that another application hands over; status, headers and body."""
         return await call_app(self._app, method, path, headers, body)
+
+    async def answer_in_parts(self, method: str, path: str, headers: Headers, body: bytes) -> Parts:
+        """Answer as `answer` does, as the reply comes: status and headers, and then its body, piece by piece."""
+        async with aclosing(call_app_in_parts(self._app, method, path, headers, body)) as parts:
+            async for part in parts:
+                yield part
 
     async def report(self) -> dict[str, Any]:
         """Return this replica's compile report."""

@@ -4,20 +4,22 @@ import asyncio
 import concurrent.futures
 import http.client
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState, RequestMetadata
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentResponse
+from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 from starlette import datastructures
 
 from deployments import gateway
-from deployments.asgi_call import Headers, call_app
+from deployments.asgi_call import Headers, call_app, call_app_in_parts
 from deployments.body import read_body
 from deployments.gateway import Gateway, GatewayArgs, build, parse_args
 from optim.errors import ConfigError
@@ -383,3 +385,140 @@ def test_a_path_is_decoded_once_on_its_way(cluster: Cluster, raw: str, path: str
     method, handed_on, _, body = tiny.asked[0]
     asyncio.run(call_app(model, method, handed_on, [], body))
     assert seen == [(path, raw)]
+
+
+class Streamed:
+    """A request whose reply comes in parts, as Ray Serve holds it."""
+
+    def __init__(self, parts: AsyncIterator[Any]) -> None:
+        self.parts = parts
+        self.cancelled = 0
+
+    async def __anext__(self) -> Any:
+        return await anext(self.parts)
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+class Writer(Model):
+    """A model whose reply to anything is a stream: `parts`, then `error`, or nothing more until it is cancelled."""
+
+    parts: list[Any]
+    error: Exception | None = None
+    is_endless = False
+    streamed: Streamed
+
+    def options(self, *, stream: bool) -> Writer:
+        assert stream
+        return self
+
+    @property
+    def answer_in_parts(self) -> Any:
+        return SimpleNamespace(remote=self.stream)
+
+    def stream(self, *asked: Any) -> DeploymentResponseGenerator[Any]:
+        async def make() -> AsyncGenerator[Any]:
+            for part in self.parts:
+                yield part
+            if self.error is not None:
+                raise self.error
+            if self.is_endless:
+                await asyncio.Event().wait()
+
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.streamed = Streamed(make())
+        future.set_result(self.streamed)
+        return DeploymentResponseGenerator(future, RequestMetadata(request_id="1", internal_request_id="1"))
+
+
+EVENTS = (200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-own", b"1")])
+ASKED = b'{"model": "writer", "stream": true}'
+
+
+@pytest.fixture
+def writer(cluster: Cluster) -> Writer:
+    cluster.put("writer")
+    made = Writer("writer")
+    cluster.models["writer"] = made
+    return made
+
+
+def ask_for_stream(asker: Asker, headers: Headers | None = None) -> Any:
+    return aclosing(call_app_in_parts(asker.app, "POST", "/v1/completions", headers or [], ASKED))
+
+
+def test_a_stream_is_handed_on_as_it_comes(writer: Writer) -> None:
+    writer.parts, writer.is_endless = [EVENTS, b"data: 1\n\n", b"data: 2\n\n"], True
+
+    async def test(asker: Asker) -> None:
+        async with ask_for_stream(asker) as parts:
+            assert await anext(parts) == EVENTS
+            assert [await anext(parts), await anext(parts)] == writer.parts[1:]
+            assert writer.streamed.cancelled == 0
+        assert writer.streamed.cancelled == 1  # the caller has gone, in the middle
+        assert asker.gateway._admission.bytes == 0
+
+    run(test)
+
+
+def test_a_stream_that_is_over_is_not_taken_back(writer: Writer) -> None:
+    writer.parts = [EVENTS, b"data: [DONE]\n\n"]
+
+    async def test(asker: Asker) -> None:
+        async with ask_for_stream(asker) as parts:
+            assert [part async for part in parts] == [*writer.parts, b""]
+        assert writer.streamed.cancelled == 0
+
+    run(test)
+
+
+def test_a_refusal_of_a_stream_is_handed_on_as_it_is(writer: Writer) -> None:
+    writer.parts = [(503, [(b"retry-after", b"3"), (b"content-type", b"application/json")]), b'{"error"', b": 1}"]
+
+    async def test(asker: Asker) -> None:
+        async with ask_for_stream(asker) as parts:
+            assert [part async for part in parts] == [writer.parts[0], b'{"error": 1}']
+
+    run(test)
+
+
+def test_a_replica_that_is_lost_in_a_stream_is_told_by_an_event(writer: Writer) -> None:
+    writer.parts, writer.error = [EVENTS, b"data: 1\n\n"], ActorDiedError()
+
+    async def test(asker: Asker) -> None:
+        async with ask_for_stream(asker) as parts:
+            events = [part async for part in parts]
+        assert events[:2] == writer.parts
+        assert "was lost; try again" in json.loads(events[2].removeprefix(b"data: "))["error"]["message"]
+        writer.parts = []  # and before there is one, by the status
+        async with ask_for_stream(asker) as parts:
+            assert (await anext(parts))[0] == 503
+
+    run(test)
+
+
+def test_a_deadline_ends_a_stream_here_too(writer: Writer) -> None:
+    writer.parts, writer.is_endless = [EVENTS, b"data: 1\n\n"], True
+
+    async def test(asker: Asker) -> None:
+        soon = [(b"x-request-timeout-seconds", b"0.2")]
+        async with ask_for_stream(asker, soon) as parts:
+            events = [part async for part in parts]
+        assert "no answer in time" in json.loads(events[2].removeprefix(b"data: "))["error"]["message"]
+        assert writer.streamed.cancelled == 1
+        writer.parts = []
+        async with ask_for_stream(asker, soon) as parts:
+            assert (await anext(parts))[0] == 408
+        assert writer.streamed.cancelled == 1
+
+    run(test)
+
+
+def test_what_an_application_raises_comes_out_of_its_reply() -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        asyncio.run(call_app(broken, "GET", "/", [], b""))

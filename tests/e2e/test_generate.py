@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # sockets that are closed in the middle, on purpose
 ]
+#: The model's own, and the gateway's.
+PREFIXES = ("/writer", "/all")
 LONG: dict[str, Any] = {"model": "writer", "prompt": "hello", "max_tokens": 480, "seed": 1}
 #: Streams over a handle; a process of its own, since it joins the server's Ray.
 ASK = """
@@ -58,18 +60,20 @@ def test_eight_streams_at_once_have_the_texts_that_each_has_alone(server: Server
     asyncio.run(run())
 
 
-def test_a_stream_comes_while_it_is_made(server: Server) -> None:
-    with client_of(server).completions.create(**LONG, stream=True) as events:
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_stream_comes_while_it_is_made(server: Server, prefix: str) -> None:
+    with client_of(server, prefix).completions.create(**LONG, stream=True) as events:
         first = next(iter(events))
         assert first.choices[0].finish_reason is None
 
 
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("stream", [True, False])
-def test_callers_that_hang_up_free_their_slots(server: Server, stream: bool) -> None:
+def test_callers_that_hang_up_free_their_slots(server: Server, stream: bool, prefix: str) -> None:
     body = json.dumps({**LONG, "stream": stream}).encode()
     for _ in range(12):  # as many as the queue holds
         with socket.create_connection(("127.0.0.1", server.port)) as caller:
-            head = f"POST /writer/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST {prefix}/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
             caller.sendall(head.encode() + body)
             time.sleep(0.02)
     end = time.monotonic() + 60
@@ -105,6 +109,10 @@ def test_the_gateway_answers_for_it_too(server: Server) -> None:
 
 def test_a_deadline_is_answered_in_openais_shape(server: Server) -> None:
     headers = {**JSON, "x-request-timeout-seconds": "0.1"}
-    for prefix in ("/writer", "/all"):
+    for prefix in PREFIXES:
         status, _, body = server.request(f"{prefix}/v1/completions", json.dumps(LONG).encode(), headers)
         assert (status, "deadline" in json.loads(body)["error"]["message"]) == (408, True), body
+        streamed = json.dumps({**LONG, "stream": True}).encode()
+        status, _, body = server.request(f"{prefix}/v1/completions", streamed, headers)
+        events = [json.loads(event.removeprefix(b"data: ")) for event in body.split(b"\n\n") if event]
+        assert (status, "deadline" in events[-1]["error"]["message"]) == (200, True), events[-1]
