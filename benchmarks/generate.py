@@ -214,9 +214,8 @@ def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: arg
     int8 = make_decoder(size, device, torch.float32)
     quantize(int8)
     int8.to(torch.bfloat16).make_cache(max(CALLERS), SPAN + max(PIECES))
-    # `eager` does not move inputs to the device.
-    on_device: dict[str, Run] = {name: _on(device, f.module) for name, f in eager.items()}
-    slots = {"ours, eager": make_slots(on_device, max(CALLERS), [SPAN], PIECES)}
+    modules: dict[str, Run] = {name: function.module for name, function in eager.items()}
+    slots = {"ours, eager": make_slots(modules, max(CALLERS), [SPAN], PIECES, device)}
     for name, one in (("ours", decoder), ("ours, int8", int8)):
         one.fuse_attention(arguments.decode == "math")
         functions = make_functions(one, CALLERS, [SPAN], PIECES)
@@ -224,7 +223,7 @@ def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: arg
         models = compile_functions(functions, {"attention": {"decode": arguments.decode}}, device.type)
         print(f"{name}: compiled in {time.perf_counter() - started:.0f} s; ", end="")
         print("; ".join(f"{n}: {', '.join(_row(b) for b in m.report.buckets)}" for n, m in models.items()))
-        slots[name] = make_slots(models, max(CALLERS), [SPAN], PIECES)
+        slots[name] = make_slots(models, max(CALLERS), [SPAN], PIECES, device)
     read = {"ours, eager": decoder, "ours": decoder, "ours, int8": int8}
     runs: dict[str, Callable[[int, int], float]] = {
         name: lambda callers, tokens, found=found: decode(found, callers, tokens, vocabulary)  # type: ignore[misc]
@@ -248,10 +247,6 @@ def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: arg
     for name, found in slots.items():
         first, gaps = join(found, vocabulary)
         print(f"| {name} | {first:.0f} | {median(gaps):.1f} | {max(gaps):.1f} |")
-
-
-def _on(device: torch.device, module: Callable[..., torch.Tensor]) -> Run:
-    return lambda *inputs: module(*(tensor.to(device) for tensor in inputs))
 
 
 def _row(bucket: Any) -> str:

@@ -98,7 +98,8 @@ def _for_decoders(pt2: Pt2Config, device: str) -> Pt2Config:
 
 def slots_of(models: Mapping[str, CompiledModel], generator: TextGenerator, args: ModelArgs) -> Slots:
     """Return the slots that run what `compile_generator` returned."""
-    return make_slots(models, max(args.batching.batch_sizes), sorted(args.batching.lengths or ()), generator.pieces)
+    spans = sorted(args.batching.lengths or ())
+    return make_slots(models, max(args.batching.batch_sizes), spans, generator.pieces, models["decode"].device)
 
 
 def compile_all(

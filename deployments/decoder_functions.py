@@ -41,10 +41,12 @@ def make_functions(
     return found
 
 
-def make_slots(runs: Mapping[str, Run], slots: int, spans: Sequence[int], pieces: Sequence[int]) -> Slots:
+def make_slots(
+    runs: Mapping[str, Run], slots: int, spans: Sequence[int], pieces: Sequence[int], device: torch.device | str
+) -> Slots:
     """Return slots that run the functions, compiled or not; the least piece is run while others generate."""
     prefills = {size: runs[f"prefill {size}"] for size in pieces}
-    return Slots(prefills, runs["decode"], spans, slots, min(pieces))
+    return Slots(prefills, runs["decode"], spans, slots, min(pieces), device)
 
 
 def _decoding(decoder: Decoder) -> Example:

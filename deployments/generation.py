@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from deployments.errors import ModelFailed
-from deployments.sampling import Picked, Sampler
+from deployments.sampling import Picked, Sampler, pick
 from optim import is_device_error
 from optim.errors import describe
 
@@ -81,11 +81,14 @@ class Slots:
         spans: Sequence[int],
         slots: int,
         piece: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._prefills = dict(sorted(prefills.items()))
         self._decode = decode
         self._spans = sorted(spans)
         self._piece = piece
+        self._device = torch.device(device)
+        self._places = torch.arange(self._spans[-1] + max(self._prefills), device=self._device)
         self._free = list(range(slots))
         self._arrived: deque[Generation] = deque()  # what other threads put in, one call at a time
         self._new: deque[Generation] = deque()
@@ -150,17 +153,13 @@ class Slots:
         if 2 * left <= size:  # most of it would be padding
             size = max((smaller for smaller in sizes if smaller <= left), default=size)
         count = min(left, size)
-        tokens = torch.zeros(1, size, dtype=torch.int64)
-        tokens[0, :count] = torch.tensor(generation.prompt[start : start + count])
         # What pads the piece is written behind the prompt, where it is overwritten before anybody looks at it.
-        positions = torch.arange(start, start + size).unsqueeze(0)
+        (tokens,) = self._send([*generation.prompt[start : start + count], *([0] * (size - count))])
+        slots, last = self._send([generation.slot], [count - 1])
+        positions = self._places[start : start + size].unsqueeze(0)
         try:
             logits = self._prefills[size](
-                tokens,
-                positions,
-                torch.tensor([generation.slot]),
-                torch.tensor([count - 1]),
-                self._mask(positions, start + size),
+                tokens.unsqueeze(0), positions, slots, last, self._mask(positions, start + size)
             )
         except Exception as error:
             self._settle_failure(generation, error)
@@ -169,19 +168,15 @@ class Slots:
         if generation.is_prefilled:
             self._filling = None
             self._running.append(generation)
-            self._pick(generation, logits[0].cpu())
+            self._pick([generation], logits)
         return count
 
     def _decode_one(self, rows: Sequence[Generation]) -> None:
         """Run one token of each row; where that fails each alone, once, so that only what fails then ends."""
-        positions = torch.tensor([generation.done for generation in rows])
+        done = [generation.done for generation in rows]
+        tokens, positions, slots = self._send([one.tokens[-1] for one in rows], done, [one.slot for one in rows])
         try:
-            logits = self._decode(
-                torch.tensor([generation.tokens[-1] for generation in rows]),
-                positions,
-                torch.tensor([generation.slot for generation in rows]),
-                self._mask(positions, int(positions.max()) + 1),
-            )
+            logits = self._decode(tokens, positions, slots, self._mask(positions, max(done) + 1))
         except Exception as error:
             if len(rows) == 1 or is_device_error(error):
                 self._settle_failure(rows[0], error)
@@ -189,9 +184,16 @@ class Slots:
             for generation in rows:
                 self._decode_one([generation])
             return
-        for generation, row in zip(rows, logits.cpu(), strict=True):
+        for generation in rows:
             generation.done += 1
-            self._pick(generation, row)
+        self._pick(rows, logits)
+
+    def _send(self, *rows: Sequence[int]) -> torch.Tensor:
+        """Return rows of numbers on the device, by one copy that nobody waits for. [len(rows), N]."""
+        size = len(rows[0])
+        # An even number of int64 keeps each row where code for aligned inputs may read it.
+        even = torch.tensor([[*row, *([0] * (size % 2))] for row in rows], pin_memory=self._device.type == "cuda")
+        return even.to(self._device, non_blocking=True)[:, :size]
 
     def _settle_failure(self, generation: Generation, error: Exception) -> None:
         """End a request with an error of the model's own; raise one of the device's, which concerns all."""
@@ -204,14 +206,24 @@ class Slots:
     def _mask(self, positions: torch.Tensor, needed: int) -> torch.Tensor:
         """Return which places each token sees: its own and those before, in the least span that holds them."""
         span = next(span for span in self._spans if span >= min(needed, self.length))
-        return torch.arange(span) <= positions.unsqueeze(-1)
+        return self._places[:span] <= positions.unsqueeze(-1)
 
-    def _pick(self, generation: Generation, logits: torch.Tensor) -> None:
+    def _pick(self, rows: Sequence[Generation], logits: torch.Tensor) -> None:
+        """Pick the next token of each row. [B, V]."""
         try:
-            picked = generation.sampler.pick(logits)
-        except Exception as error:  # it must not end the others
-            self._settle_failure(generation, error)
+            found = pick([generation.sampler for generation in rows], logits)
+        except Exception as error:
+            if len(rows) == 1 or is_device_error(error):
+                self._settle_failure(rows[0], error)
+                return
+            for row, generation in enumerate(rows):  # it must not end the others
+                self._pick([generation], logits[row : row + 1])
             return
+        for generation, picked in zip(rows, found, strict=True):
+            self._take(generation, picked)
+
+    def _take(self, generation: Generation, picked: Picked) -> None:
+        """Go on with a request's next token."""
         generation.tokens.append(picked.token)
         if picked.token in generation.ends:
             self._end(generation, "stop")

@@ -158,12 +158,12 @@ def test_what_one_request_raises_ends_that_one_alone() -> None:
 
 def test_a_token_that_cannot_be_picked_ends_that_request_alone() -> None:
     class Broken(Sampler):
-        def pick(self, logits: torch.Tensor) -> Picked:
+        def draw(self) -> float:
             raise IndexError("nothing is left")
 
     slots = make_slots(Counting())
     good = ask(slots, [1], 5)
-    bad = Generation([5], Broken(GREEDY), 5)
+    bad = Generation([5], Broken(Sampling()), 5)
     slots.add(bad)
     found = ends(finish(slots))
     assert good.tokens == [2, 3, 4, 5, 6]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from deployments.sampling import Sampler, Sampling
+from deployments.sampling import Sampler, Sampling, pick
 
 
 def draw(logits: torch.Tensor, count: int, **how: Any) -> list[int]:
     sampler = Sampler(Sampling(**how))
-    return [sampler.pick(logits).token for _ in range(count)]
+    return [pick([sampler], logits.unsqueeze(0))[0].token for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_seed_gives_the_same_tokens_and_others_give_others() -> None:
 
 def test_log_probabilities_are_the_models_own() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    picked = Sampler(Sampling(temperature=0.5, top_k=3, seed=1, logprobs=4)).pick(logits)
+    (picked,) = pick([Sampler(Sampling(temperature=0.5, top_k=3, seed=1, logprobs=4))], logits.unsqueeze(0))
     expected = logits.log_softmax(-1)
     assert picked.logprob == pytest.approx(float(expected[picked.token]))
     assert [token for token, _ in picked.top] == expected.topk(4).indices.tolist()
@@ -95,3 +95,31 @@ def test_what_leaves_nothing_else_takes_the_likeliest(how: dict[str, Any]) -> No
 @pytest.mark.parametrize("how", [{}, {"top_p": 0.5}, {"top_k": 2}, {"temperature": 0}])
 def test_logits_that_are_no_numbers_give_some_token(how: dict[str, Any]) -> None:
     assert draw(torch.full((4,), torch.nan), 1, **how)[0] in range(4)
+
+
+def test_each_of_many_rows_is_picked_as_it_is_alone() -> None:
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"seed": 1},
+        {"seed": 2, "temperature": 1.7, "logprobs": 2},
+        {"seed": 3, "top_k": 4},
+        {"seed": 4, "top_k": 700, "top_p": 0.7, "logprobs": 5},
+        {"seed": 5, "top_p": 0.98, "temperature": 2.0},  # more than are looked at first
+        {"temperature": 0, "logprobs": 0},
+        {"seed": 6, "top_p": 0.1},
+    ]
+    logits = torch.randn(len(ways), 3000, generator=torch.Generator().manual_seed(8))
+    together, alone = ([Sampler(Sampling(**how)) for how in ways] for _ in range(2))
+    for _ in range(20):
+        found = pick(together, logits)
+        assert found == [pick([sampler], logits[row : row + 1])[0] for row, sampler in enumerate(alone)]
+        assert [len(one.top) for one in found] == [0, 0, 2, 0, 5, 0, 0, 0]
+        assert [one.logprob is None for one in found] == ["logprobs" not in how for how in ways]
+
+
+def test_a_row_without_numbers_leaves_the_others_alone() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(8))
+    fine = [one.token for one in pick([Sampler(Sampling(seed=n, top_p=0.9)) for n in range(3)], logits)]
+    logits[1] = torch.nan
+    found = [one.token for one in pick([Sampler(Sampling(seed=n, top_p=0.9)) for n in range(3)], logits)]
+    assert (found[0], found[2]) == (fine[0], fine[2])
