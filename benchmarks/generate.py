@@ -147,7 +147,9 @@ def transformers_runs(size: str, device: torch.device, dtype: torch.dtype) -> di
     made: Any = transformers.LlamaForCausalLM(config)
     model: Any = made.to(device=device, dtype=dtype).eval()
     eager: Any = model.forward
-    compiled: Any = torch.compile(eager, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+    # On a GPU `generate` compiles the steps of a static cache by itself; the prompt it must not (its graphs would own
+    # the cache that is made on the way).
+    compiled: Any = eager if device.type == "cuda" else torch.compile(eager, dynamic=False)
 
     def run(forward: Any, callers: int, tokens: int, cache: Any = None) -> float:
         model.forward = forward
@@ -193,6 +195,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each caller that are timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decode", choices=["math", "efficient", "flash"], default="math", help="its attention")
+    parser.add_argument(
+        "--without", nargs="+", choices=["transformers", "int8"], default=[], help="where time is short"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     device = torch.device(arguments.device)
@@ -201,7 +206,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     size = arguments.size or ("100m" if on_cpu else "1b")
     dtype = getattr(torch, arguments.dtype or ("float32" if on_cpu else "bfloat16"))
-    print(f"{describe_machine()}; {size}, {str(dtype).removeprefix('torch.')}, {SPAN} places, prompt {PROMPT}")
+    found = f"{describe_machine()}; {size}, {str(dtype).removeprefix('torch.')}, {SPAN} places, prompt {PROMPT}"
+    print(found, flush=True)
     with torch.no_grad():
         _measure(size, device, dtype, arguments)
 
@@ -211,37 +217,47 @@ def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: arg
     parameters = sum(p.numel() for p in decoder.parameters())
     vocabulary = decoder.config.vocabulary
     eager = make_functions(decoder, CALLERS, [SPAN], PIECES)
-    int8 = make_decoder(size, device, torch.float32)
-    quantize(int8)
-    int8.to(torch.bfloat16).make_cache(max(CALLERS), SPAN + max(PIECES))
     modules: dict[str, Run] = {name: function.module for name, function in eager.items()}
     slots = {"ours, eager": make_slots(modules, max(CALLERS), [SPAN], PIECES, device)}
-    for name, one in (("ours", decoder), ("ours, int8", int8)):
+    ours = {"ours": decoder}
+    if "int8" not in arguments.without:
+        ours["ours, int8"] = make_decoder(size, device, torch.float32)
+        quantize(ours["ours, int8"])
+        ours["ours, int8"].to(torch.bfloat16).make_cache(max(CALLERS), SPAN + max(PIECES))
+    served = {}
+    for name, one in ours.items():
         one.fuse_attention(arguments.decode == "math")
         functions = make_functions(one, CALLERS, [SPAN], PIECES)
         started = time.perf_counter()
-        models = compile_functions(functions, {"attention": {"decode": arguments.decode}}, device.type)
+        served[name] = compile_functions(functions, {"attention": {"decode": arguments.decode}}, device.type)
         print(f"{name}: compiled in {time.perf_counter() - started:.0f} s; ", end="")
-        print("; ".join(f"{n}: {', '.join(_row(b) for b in m.report.buckets)}" for n, m in models.items()))
-        slots[name] = make_slots(models, max(CALLERS), [SPAN], PIECES, device)
-    read = {"ours, eager": decoder, "ours": decoder, "ours, int8": int8}
+        reports = {n: m.report for n, m in served[name].items()}
+        print("; ".join(f"{n}: {', '.join(_row(b) for b in report.buckets)}" for n, report in reports.items()))
+        for function, report in reports.items():
+            for line in (*report.notes, *report.refusals):
+                print(f"  {function}: {line}", flush=True)
+        slots[name] = make_slots(served[name], max(CALLERS), [SPAN], PIECES, device)
+    read = {"ours, eager": decoder, **ours}
     runs: dict[str, Callable[[int, int], float]] = {
         name: lambda callers, tokens, found=found: decode(found, callers, tokens, vocabulary)  # type: ignore[misc]
         for name, found in slots.items()
     }
-    if importlib.util.find_spec("transformers"):
+    if importlib.util.find_spec("transformers") and "transformers" not in arguments.without:
         runs |= transformers_runs(size, device, dtype)
     speeds = _time_in_turn(runs, arguments.tokens, arguments.rounds)
+    for name, models in served.items():  # whatever is not 0 here was not served as it was compiled
+        print(f"{name}, while it ran: " + "; ".join(f"{n}: {m.report.after_ready}" for n, m in models.items()))
     copy = measure_copy(device)
     print(f"{parameters / 1e6:.0f}M parameters; copy {copy:.1f} GB/s\n")
-    base = speeds.get("transformers, eager", speeds["ours, eager"])
-    print(
-        "| tokens/s | 1 caller | x the first | of the bandwidth | 8 callers | x 1 caller |\n|---|---|---|---|---|---|"
-    )
+    bases = [name for name in ("transformers, eager", "ours, eager") if name in speeds]
+    head = ["tokens/s", "1 caller", *(f"x {name}" for name in bases), "of the bandwidth", "8 callers", "x 1 caller"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name in sorted(speeds, key=lambda name: speeds[name][1]):
         alone, together = (speeds[name][callers] for callers in CALLERS)
+        times = [f"{alone / speeds[base][1]:.2f}" for base in bases]
         share = f"{bytes_per_step(read[name], 1) * alone / copy / 1e9:.0%}" if name in read else ""
-        print(f"| {name} | {alone:.1f} | {alone / base[1]:.2f} | {share} | {together:.1f} | {together / alone:.2f} |")
+        cells = [name, f"{alone:.1f}", *times, share, f"{together:.1f}", f"{together / alone:.2f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
     print("\n| a newcomer beside seven | first token, ms | between the others' tokens, ms: median | largest |")
     print("|---|---|---|---|")
     for name, found in slots.items():
@@ -259,11 +275,17 @@ def _time_in_turn(
     """Return the median tokens/s of each, by callers; the first round of each warms up and is not counted."""
     found: dict[str, dict[int, list[float]]] = {name: {callers: [] for callers in CALLERS} for name in runs}
     for number in range(rounds + 1):
-        for name, run in runs.items():
-            for callers in CALLERS:
-                speed = run(callers, tokens if number else 8)
-                if number:
-                    found[name][callers].append(speed)
+        for name in list(found):
+            try:
+                for callers in CALLERS:
+                    speed = runs[name](callers, tokens if number else 8)
+                    if number:
+                        found[name][callers].append(speed)
+            except Exception as error:
+                if name.startswith("ours"):
+                    raise
+                print(f"{name}: left out: {type(error).__name__}: {error}", flush=True)
+                del found[name]
             gc.collect()
     return {name: {callers: median(speeds) for callers, speeds in by.items()} for name, by in found.items()}
 

@@ -17,7 +17,7 @@ from optim.config import Pt2Config
 from optim.deadline import OutOfTime, run_within, stuck_calls
 from optim.engines.base import Engine, Runner, Unavailable
 from optim.errors import describe, is_device_error, is_out_of_memory
-from optim.monitor import count_compilations
+from optim.monitor import count_compilations, count_recordings
 from optim.reference import Reference
 from optim.report import Refusal
 from optim.shapes import Inputs, measure
@@ -51,6 +51,8 @@ class Trial:
     proven: dict[Bucket, Proven] = field(default_factory=dict)
     why_fixed: str | None = None
     """Why code for any size takes those of the buckets alone."""
+    unrecorded: list[Bucket] = field(default_factory=list)
+    """Buckets that were to be served by CUDA graphs, of which none was recorded."""
 
     def prepare(self) -> Refusal | None:
         """Run preflight and build; return why the engine cannot be used at all, if so."""
@@ -105,6 +107,8 @@ class Trial:
     def notes(self) -> list[str]:
         """Return what is worth knowing about the engine's code once all buckets are done."""
         found = self.engine.notes()
+        if self.unrecorded:
+            found.append(f"{self.engine.name}: no CUDA graphs were recorded for {', '.join(map(str, self.unrecorded))}")
         if self.why_fixed is not None:
             found.append(f"{self.engine.name}: what is smaller than its bucket is padded: {self.why_fixed}")
         return found
@@ -112,6 +116,7 @@ class Trial:
     def _start_over(self) -> None:
         """Give back all the graphs and their memory, and build the engine again."""
         self.proven.clear()
+        self.unrecorded.clear()
         self.engine.close()
         gc.collect()
         if self.engine.job.info.device.type == "cuda":
@@ -122,7 +127,7 @@ class Trial:
         engine, stage = self.engine, "warm-up"
         try:
             skips = count_compilations().cudagraph_skips
-            memory = _reserved(engine)
+            memory, recorded = _reserved(engine), _recorded(engine)
             run = self._bounded(lambda: self._warm_up(bucket), f"{engine.name}: bucket {bucket}")
             engine.check_warm(bucket)
             skips = count_compilations().cudagraph_skips - skips
@@ -131,6 +136,11 @@ class Trial:
             stage = "verify"
             with engine.serving():
                 found = self._verify(run, bucket)
+            # From torch 2.9 on what graphs cannot hold is cut out of them without being counted as a skip.
+            if recorded is not None and _recorded(engine) == recorded and not (skips or engine.takes_any_size):
+                if engine.job.config.strict:
+                    raise Unavailable("no CUDA graph was recorded, and `strict` is set")
+                self.unrecorded.append(bucket)
         except OutOfTime as reason:
             return Refusal(engine.name, "budget", str(bucket), None, f"{stage} {reason}")
         except (Unavailable, Mismatch) as reason:
@@ -240,3 +250,9 @@ def _reserved(engine: Engine) -> int | None:
         return None
     torch.cuda.synchronize(device)
     return torch.cuda.memory_reserved(device)
+
+
+def _recorded(engine: Engine) -> int | None:
+    """Return the CUDA graphs that this thread has recorded so far, where graphs are to serve the engine's buckets."""
+    device = engine.job.info.device
+    return count_recordings(device) if engine.reuses_outputs and device.type == "cuda" else None

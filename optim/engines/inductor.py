@@ -83,6 +83,10 @@ class TorchCompileEngine(Engine):
         options.update({k.replace("-", "_"): v for k, v in (asked.options or {}).items()})
         if not self._on_cuda:
             options.setdefault("freezing", asked.freeze if self._freeze is None else self._freeze)
+        elif self.job.phase == "decode":
+            # As gpt-fast has it: matrix products of one row become products and sums (torch/_inductor/decomposition.py
+            # does it under this option alone), into which norms and activations are fused. Not measured yet (issue 7).
+            options.setdefault("coordinate_descent_tuning", True)
         return options
 
     def preflight(self) -> None:

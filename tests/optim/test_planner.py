@@ -3,11 +3,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from optim.buckets import Bucket, pick_length
 from optim.planner import Item, Planner
+
+pytest.importorskip("hypothesis")  # a GPU machine may have pytest alone
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 lengths = st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True)
 

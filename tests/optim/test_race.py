@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from optim import Bucket, CompiledModel, compile_model
 from optim.race import SIMPLICITY, TIE, Round, rank
 from tests.support import backends, models
+
+pytest.importorskip("hypothesis")  # a GPU machine may have pytest alone
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 ENGINES = st.sampled_from([*SIMPLICITY, "somebody-elses"])
 MS = st.floats(0.01, 1000)
