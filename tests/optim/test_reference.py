@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optim.buckets import Bucket
+from optim.config import Pt2Config
+from optim.engines.base import EngineJob
+from optim.engines.inductor import TorchCompileEngine
+from optim.reference import Reference
+from tests.support import models
+
+CPU = torch.device("cpu")
+
+
+class Rounds(nn.Module):
+    """Layers that round otherwise for one row than for several, as kernels do; `factor` makes several others."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(256, 256) / 16) for _ in range(24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights:
+            if len(x) == 1:
+                x = torch.tanh(1.5 * (x @ weight))
+            else:
+                x = torch.tanh(1.5 * self.factor * (x.float() @ weight.float())).to(x.dtype)
+        return x
+
+
+@pytest.mark.parametrize(("factor", "independent"), [(1.0, True), (1.02, False)])
+def test_rows_among_others_may_differ_by_what_rounding_explains(factor: float, independent: bool) -> None:
+    def example(rows: int, length: int | None) -> tuple[torch.Tensor, ...]:
+        return (torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).bfloat16(),)
+
+    with torch.no_grad():
+        reference = Reference(Rounds(factor).bfloat16(), example, (Bucket(1), Bucket(4)), CPU)
+    assert reference.rows_are_independent is independent, reference.notes
+    assert any("among other rows" in note for note in reference.notes) is not independent
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_the_truth_is_in_float64_or_for_two_bytes_in_float32(dtype: torch.dtype, wide: torch.dtype) -> None:
+    def example(rows: int, length: int | None) -> tuple[torch.Tensor, ...]:
+        return (torch.ones(rows, 8, dtype=dtype),)
+
+    with torch.no_grad():
+        reference = Reference(models.Mlp().to(dtype), example, (Bucket(2),), CPU)
+        assert reference.exact(reference.samples[Bucket(2)])().dtype == wide
+
+
+@pytest.mark.parametrize(
+    ("phase", "options", "expected"),
+    [("decode", None, True), ("prefill", None, None), ("decode", {"coordinate_descent_tuning": False}, False)],
+)
+def test_one_row_is_decoded_on_a_gpu_without_matrix_products(phase: str, options: Any, expected: bool | None) -> None:
+    reference = Reference(models.Mlp(), models.features, (Bucket(1),), CPU)
+    pt2 = Pt2Config.parse({"compile": {"options": options}} if options else None)
+    job = EngineJob.of(models.Mlp(), pt2, reference, CPU, phase)
+    engine = TorchCompileEngine(replace(job, info=replace(job.info, device=torch.device("cuda"))))
+    assert engine._options.get("coordinate_descent_tuning") is expected
