@@ -98,7 +98,7 @@ def bytes_per_step(decoder: Decoder, callers: int) -> int:
 
 def decode(slots: Slots, callers: int, tokens: int, vocabulary: int) -> float:
     """Return tokens a second of so many callers: from when all prompts are in the cache until the first has ended."""
-    asked = [_ask(slots, number, PROMPT, tokens, vocabulary) for number in range(callers)]
+    asked = [ask(slots, number, PROMPT, tokens, vocabulary) for number in range(callers)]
     while not all(generation.tokens for generation in asked):
         slots.step()
     before = sum(len(generation.tokens) for generation in asked)
@@ -113,24 +113,28 @@ def decode(slots: Slots, callers: int, tokens: int, vocabulary: int) -> float:
 
 def join(slots: Slots, vocabulary: int) -> tuple[float, list[float]]:
     """Return ms until a newcomer's first token beside seven others, and the ms between the others' meanwhile."""
-    others = [_ask(slots, number, PROMPT, 200, vocabulary) for number in range(7)]
+    others = [ask(slots, number, PROMPT, 200, vocabulary) for number in range(7)]
     while not all(generation.tokens for generation in others):
         slots.step()
-    newcomer = _ask(slots, 7, 128, 200, vocabulary)
+    newcomer = ask(slots, 7, 128, 200, vocabulary)
     started = last = time.perf_counter()
-    gaps = []
-    while not newcomer.tokens:
-        slots.step()
-        now = time.perf_counter()
-        gaps.append((now - last) * 1e3)
-        last = now
+    gaps: list[float] = []
+    first_s = 0.0
+    while not (newcomer.tokens and gaps):
+        step, now = slots.step(), time.perf_counter()
+        if newcomer.tokens and not first_s:
+            first_s = now - started
+        if step.rows:
+            gaps.append((now - last) * 1e3)
+            last = now
     for generation in (*others, newcomer):
         generation.gone = True
     slots.step()
-    return (last - started) * 1e3, gaps
+    return first_s * 1e3, gaps
 
 
-def _ask(slots: Slots, seed: int, prompt: int, tokens: int, vocabulary: int) -> Generation:
+def ask(slots: Slots, seed: int, prompt: int, tokens: int, vocabulary: int) -> Generation:
+    """Have so many tokens generated behind a prompt of so many, greedily."""
     ids = torch.randint(vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed)).tolist()
     generation = Generation(ids, Sampler(Sampling(temperature=0)), tokens)
     slots.add(generation)

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
@@ -27,11 +28,13 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from benchmarks.generate import CALLERS, PIECES, PROMPT, SIZES, SPAN, decode, make_decoder
+from benchmarks.generate import CALLERS, PIECES, PROMPT, SIZES, SPAN, ask, make_decoder
 from benchmarks.machine import describe_machine
 from benchmarks.servers import PORT, Server, serve_run
 from deployments.compile import compile_functions
 from deployments.decoder_functions import make_functions, make_slots
+from deployments.generation import Slots
+from deployments.sampling import Picked
 
 OURS = "pt2-serve"
 
@@ -46,9 +49,9 @@ def make_checkpoint(folder: Path) -> None:
     torch.manual_seed(0)
     model: Any = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    words: Any = Tokenizer(models.WordLevel({f"w{i}": i for i in range(sizes["vocab_size"])}, unk_token="w0"))
+    words: Any = Tokenizer(models.WordLevel({f"w{i}": i for i in range(sizes["vocab_size"])}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)  # type: ignore[no-untyped-call]
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 @serve.deployment(max_ongoing_requests=128)
@@ -153,11 +156,8 @@ def load(path: str, callers: int, tokens: int, seconds: float) -> tuple[float, f
             caller.ask(prompt)
         caller.close()
 
-    threads = [threading.Thread(target=run, args=(caller,)) for caller in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(callers) as pool:
+        list(pool.map(run, found))  # raises what one of them raised
     in_time = sum(when < begin + seconds for caller in found for when in caller.came)
     first = median(s for caller in found for s in caller.first_s)
     between = [s for caller in found for s in caller.between_s]
@@ -172,15 +172,39 @@ def measure(server: Server, path: str, options: argparse.Namespace) -> list[tupl
     return [load(path, callers, options.tokens, options.seconds) for callers in CALLERS]
 
 
-def measure_in_process(threads: int, tokens: int) -> list[float]:
-    """Return tokens a second of the compiled decoder, called step after step without Ray, by callers."""
+def measure_in_process(threads: int, tokens: int, seconds: float) -> list[tuple[float, float, float, float]]:
+    """Return the same of the compiled decoder, called step after step without Ray, where requests follow each other."""
     torch.set_num_threads(threads)
     with torch.no_grad():
         decoder = make_decoder("100m", torch.device("cpu"), torch.float32)
         functions = make_functions(decoder, CALLERS, [SPAN], PIECES)
         slots = make_slots(compile_functions(functions, {}, "cpu"), max(CALLERS), [SPAN], PIECES, "cpu")
-        speeds = [[decode(slots, callers, tokens, 16_000) for callers in CALLERS] for _ in range(3)]
-    return [median(column) for column in zip(*speeds, strict=True)]
+        return [_step_on(slots, callers, tokens, seconds) for callers in CALLERS]
+
+
+def _step_on(slots: Slots, callers: int, tokens: int, seconds: float) -> tuple[float, float, float, float]:
+    begin, seed = time.perf_counter(), 0
+    began: dict[int, float] = {}
+    last: dict[int, float] = {}
+    first_s: list[float] = []
+    between_s: list[float] = []
+    count = 0
+    while (now := time.perf_counter()) < begin + seconds:
+        while len(slots) < callers:
+            seed += 1
+            began[id(ask(slots, seed, PROMPT, tokens, SIZES["100m"]["vocab_size"]))] = now
+        step, now = slots.step(), time.perf_counter()
+        for generation, what in step.events:
+            if isinstance(what, Picked):
+                count += 1
+                (between_s if id(generation) in last else first_s).append(
+                    now - last.get(id(generation), began[id(generation)])
+                )
+                last[id(generation)] = now
+            else:
+                del began[id(generation)], last[id(generation)]
+    slots.fail(RuntimeError("the time is over"))
+    return count / seconds, median(first_s) * 1e3, median(between_s) * 1e3, quantiles(between_s, n=100)[98] * 1e3
 
 
 def main() -> None:
@@ -191,17 +215,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0)
     options = parser.parse_args()
     print(f"{describe_machine()}; 102M parameters, float32, prompts of {PROMPT} tokens, answers of {options.tokens}\n")
-    print("| tokens/s (first token; between tokens: median, 99 %, ms) | " + " | ".join(f"{n} callers" for n in CALLERS))
+    head = " | ".join(f"{n} caller{'s' * (n > 1)}" for n in CALLERS)
+    print(f"| tokens/s (first token; between tokens: median, 99 %, ms) | {head} |")
     print("|---|" + "---|" * len(CALLERS), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder))
         for name, (begin, path) in _servers(folder, options.threads).items():
             with begin() as server:
-                found = measure(server, path, options)
-            cells = [f"{rate:.1f} ({first:.0f}; {mid:.1f}, {late:.1f})" for rate, first, mid, late in found]
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
-    direct = measure_in_process(options.threads, options.tokens)
-    print(f"| {OURS}, in process | {' | '.join(f'{rate:.1f}' for rate in direct)} |")
+                print_row(name, measure(server, path, options))
+    print_row(f"{OURS}, in process", measure_in_process(options.threads, options.tokens, options.seconds))
+
+
+def print_row(name: str, found: list[tuple[float, float, float, float]]) -> None:
+    """Print what `load` found, by callers."""
+    cells = [f"{rate:.1f} ({first:.0f}; {mid:.1f}, {late:.1f})" for rate, first, mid, late in found]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def _servers(checkpoint: str, threads: int) -> dict[str, tuple[Callable[[], AbstractContextManager[Server]], str]]:

@@ -123,8 +123,8 @@ async def _ask_for_stream(
         if dict(found).get(b"content-type", b"").startswith(EventStream.media_type.encode()):
             reply: Response = EventStream(request, parts, held.pop_all())
         else:
-            reply = Response(b"".join([part async for part in parts]), status)
-    reply.raw_headers = found
+            reply = Response(b"".join([part async for part in parts]))
+    reply.status_code, reply.raw_headers = status, found
     return reply
 
 

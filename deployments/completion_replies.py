@@ -129,7 +129,9 @@ class ChatReply(Reply):
     objects = ("chat.completion", "chat.completion.chunk")
 
     def _opening(self) -> Sequence[Json]:
-        return [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
+        delta = {"role": "assistant", "content": ""}
+        choices = range(self.wanted.choices)
+        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for index in choices]
 
     def _change(self, piece: Piece, logprobs: Json | None) -> Json:
         delta = {"content": piece.text} if piece.text else {}

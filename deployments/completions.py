@@ -14,19 +14,22 @@ from deployments.sampling import Sampling
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0, 2
 LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
 MOST_STOPS = 4
+MOST_CHOICES = 128
+MOST_PENALTY = 2
+MOST_BIAS, MOST_BIASES = 100, 1024
 #: The likeliest tokens that are told of, in a completion and in a chat.
 MOST_LOGPROBS, MOST_CHAT_LOGPROBS = 5, 20
 #: OpenAI's own for completions; a chat's answer may fill what there is.
 _DEFAULT_MOST = 16
+#: Fields of completions and chats alike.
+_COMMON = (
+    *("model", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "n"),
+    *("presence_penalty", "frequency_penalty", "logit_bias"),
+)
 #: Fields that are taken where they ask for nothing: their value that does so, beside null.
 _IDLE: Mapping[str, Any] = {
-    "n": 1,
-    "best_of": 1,
     "echo": False,
     "suffix": "",
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
     "tools": [],
     "functions": [],
     "tool_choice": "none",
@@ -50,6 +53,8 @@ class TextRequest:
     stream: bool = False
     with_usage: bool = False
     """Whether a stream's last event has the numbers of tokens."""
+    choices: int = 1
+    """How many answers each prompt is to have."""
 
     @property
     def size(self) -> int:
@@ -60,7 +65,10 @@ class TextRequest:
 
 def read_completion(message: Any) -> TextRequest:
     """Return what a request to /v1/completions asks for; BadRequest names the field, the value and what is allowed."""
-    fields = _Fields(message, ("prompt", "logprobs", "max_tokens"))
+    fields = _Fields(message, ("prompt", "logprobs", "max_tokens", "best_of"))
+    best_of = fields.whole("best_of", 1)
+    if best_of not in (None, fields.take("n") or 1):  # as many are answered with as are made
+        raise Unsupported(f"best_of: {best_of} is not served; leave it out")
     count = fields.whole("logprobs", 0, MOST_LOGPROBS)
     most = fields.whole("max_tokens", 1)
     prompts = read_texts("prompt", fields.take("prompt"))
@@ -98,8 +106,8 @@ def read_payload(payload: Any) -> TextRequest:
         payload = {"max_tokens": payload["max_new_tokens"], **payload}
         del payload["max_new_tokens"]
     wanted = read_completion(payload)
-    if len(wanted.prompts) > 1 or wanted.stream or wanted.sampling.logprobs is not None:
-        raise BadRequest("one prompt at a time, without `stream` and `logprobs`; /v1/completions has them")
+    if len(wanted.prompts) * wanted.choices > 1 or wanted.stream or wanted.sampling.logprobs is not None:
+        raise BadRequest("one prompt at a time, without `n`, `stream` and `logprobs`; /v1/completions has them")
     return wanted
 
 
@@ -109,10 +117,9 @@ class _Fields:
     def __init__(self, message: Any, own: tuple[str, ...]) -> None:
         if not isinstance(message, dict):
             raise BadRequest("the body must be a JSON object")
-        common = ("model", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options")
-        unknown = [key for key in message if key not in {*own, *common, *_IDLE, *_IGNORED}]
+        unknown = [key for key in message if key not in {*own, *_COMMON, *_IDLE, *_IGNORED}]
         if unknown:
-            raise BadRequest(f"{', '.join(unknown)}: unknown here; allowed are {', '.join((*own, *common))}")
+            raise BadRequest(f"{', '.join(unknown)}: unknown here; allowed are {', '.join((*own, *_COMMON))}")
         for key, idle in _IDLE.items():
             if message.get(key) not in (None, idle):
                 raise Unsupported(f"{key}: {message[key]!r} is not served; leave it out")
@@ -162,11 +169,33 @@ class _Fields:
             top_p=self.number("top_p", 1.0, lambda p: 0 < p <= 1, "above 0, up to 1"),
             seed=self.whole("seed", LEAST_SEED, MOST_SEED),
             logprobs=logprobs,
+            presence_penalty=self._penalty("presence_penalty"),
+            frequency_penalty=self._penalty("frequency_penalty"),
+            logit_bias=self._biases(),
         )
-        usage = bool((options or {}).get("include_usage"))
         return TextRequest(
-            model, most=most, stops=self._stops(), sampling=sampling, stream=stream, with_usage=usage, **what
+            model,
+            most=most,
+            stops=self._stops(),
+            sampling=sampling,
+            stream=stream,
+            with_usage=bool((options or {}).get("include_usage")),
+            choices=self.whole("n", 1, MOST_CHOICES) or 1,
+            **what,
         )
+
+    def _penalty(self, key: str) -> float:
+        most = MOST_PENALTY
+        return self.number(key, 0.0, lambda value: -most <= value <= most, f"from {-most} to {most}")
+
+    def _biases(self) -> tuple[tuple[int, float], ...]:
+        value = self.take("logit_bias")
+        if value is None:
+            return ()
+        if not isinstance(value, dict) or len(value) > MOST_BIASES or not all(map(_is_bias, value.items())):
+            allowed = f"at most {MOST_BIASES} tokens, by their ids, with numbers from {-MOST_BIAS} to {MOST_BIAS}"
+            raise BadRequest(f"logit_bias: {str(value)[:200]} is not an object of {allowed}")
+        return tuple((int(token), float(bias)) for token, bias in value.items())
 
     def _stops(self) -> tuple[str, ...]:
         value = self.take("stop")
@@ -178,6 +207,12 @@ class _Fields:
 
 def _is_temperature(value: float) -> bool:
     return LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE
+
+
+def _is_bias(item: tuple[str, Any]) -> bool:
+    token, bias = item
+    is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+    return token.isascii() and token.isdigit() and len(token) < 19 and is_number and -MOST_BIAS <= bias <= MOST_BIAS
 
 
 def _within(least: float, most: float) -> str:

@@ -53,7 +53,8 @@ class GatewayLimits:
     bytes_in_flight: int = LimitsArgs.bytes_in_flight
     """Bodies it holds before it answers 503. Default 256 MiB."""
     timeout_s: float | None = None
-    """Seconds until a model's reply has to be there; `x-request-timeout-seconds` replaces it. Default none."""
+    """Seconds until a model's reply has to be there, a stream to its end; `x-request-timeout-seconds` replaces it.
+    Default none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,9 +69,9 @@ class Step:
 class Slots:
     """Generates for as many requests at a time as the cache has slots; all methods but `add` belong to one thread.
 
-    A step is one token of every request that generates, and before it, where a request is new, one piece of the oldest
-    one's prompt: as much as the largest of `prefills` takes while nobody generates, else the size that `piece` says, so
-    that the others' streams go on.
+    A step is one token of every request that generates, or one piece of a new request's prompt, the oldest one's: as
+    much as the largest of `prefills` takes while nobody generates. Else pieces have the size that `piece` says, and
+    every other step is a token, so that streams go on.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Slots:
         self._filling: Generation | None = None
         self._running: list[Generation] = []
         self._events: list[tuple[Generation, What]] = []
+        self._owes_token = False  # to those who generate, since a prompt had its turn
 
     def __len__(self) -> int:
         return len(self._arrived) + len(self._new) + (self._filling is not None) + len(self._running)
@@ -114,11 +115,14 @@ class Slots:
         if self._filling is None and self._free and self._new:
             self._filling = self._new.popleft()
             self._filling.slot = self._free.pop(0)
-        prefilled = 0 if self._filling is None else self._prefill(self._filling)
-        rows = len(self._running)
+        if self._filling is not None and not (self._owes_token and self._running):
+            # By itself, so that a first token is not held back by everybody's next one.
+            prefilled, self._owes_token = self._prefill(self._filling), True
+            return Step(self._take_events(), prefilled=prefilled)
+        rows, self._owes_token = len(self._running), False
         if rows:
             self._decode_one(list(self._running))
-        return Step(self._take_events(), rows, prefilled)
+        return Step(self._take_events(), rows)
 
     def fail(self, error: Exception) -> Step:
         """End every request with an error."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.admission import Admission, Held, size_of
@@ -17,7 +17,7 @@ from deployments.completions import TextRequest, read_payload
 from deployments.errors import BadRequest, DeadlineExceeded, ModelFailed
 from deployments.generate import TextGenerator
 from deployments.generation import Generation, Step, What
-from deployments.sampling import Picked, Sampler
+from deployments.sampling import Picked, Sampler, Sampling
 from deployments.served import Served
 from deployments.text_stream import TextStream
 from optim import CompiledModel
@@ -45,14 +45,14 @@ class Answers:
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompt_tokens: int,
         streams: Sequence[TextStream],
         count: Callable[[str], None],
         tell_time: Callable[[float], None],
     ) -> None:
         self._started = time.monotonic()
         self._tell_time = tell_time
-        self.prompt_tokens = sum(map(len, prompts))
+        self.prompt_tokens = prompt_tokens
         self.tokens = 0
         self._streams = dict(enumerate(streams))
         self._count = count
@@ -187,21 +187,23 @@ class GenerationService(Served):
 
         BadRequest for prompts that do not fit, Overloaded and NotReady where they cannot be taken.
         """
-        most = self.most_prompts
-        if len(wanted.prompts) > most:
+        most, asked = self.most_prompts, (len(wanted.prompts) or 1) * wanted.choices
+        if asked > most:
             which = "limits.items" if most == self.limits.items else "batching.max_queue"
-            raise BadRequest(f"prompt: {len(wanted.prompts)} in one request; at most {most} are allowed ({which})")
+            raise BadRequest(f"{asked} answers are asked for in one request; at most {most} are allowed ({which})")
         self._loop = asyncio.get_running_loop()
         with ExitStack() as stack:
             # Before they are tokenised, which is work.
-            stack.enter_context(self.admission.hold_rows(len(wanted.prompts) or 1))
+            stack.enter_context(self.admission.hold_rows(asked))
             prompts = await self.aside(wanted.size, self._encode, wanted)
-            streams = [TextStream(self.generator.tokenizer, wanted.stops) for _ in prompts]
-            answers = Answers(prompts, streams, self._count, self._take_time)
+            streams = [TextStream(self.generator.tokenizer, wanted.stops) for _ in range(asked)]
+            answers = Answers(sum(map(len, prompts)), streams, self._count, self._take_time)
             answers.hold(stack.pop_all())
         try:
-            for index, prompt in enumerate(prompts):
-                self._start_one(answers, index, prompt, wanted)
+            for index in range(asked):
+                which_prompt, choice = divmod(index, wanted.choices)
+                sampler = Sampler(_of_choice(wanted.sampling, choice))
+                self._start_one(answers, index, prompts[which_prompt], sampler, wanted.most)
         except BaseException:
             answers.close()
             raise
@@ -211,7 +213,9 @@ class GenerationService(Served):
         """Take in how long an answer took."""
         self._mean_s += _NEWEST * (seconds - self._mean_s)
 
-    def _start_one(self, answers: Answers, index: int, prompt: Sequence[int], wanted: TextRequest) -> None:
+    def _start_one(
+        self, answers: Answers, index: int, prompt: Sequence[int], sampler: Sampler, most: int | None
+    ) -> None:
         started = time.monotonic()
         is_first = True
 
@@ -223,11 +227,15 @@ class GenerationService(Served):
                 is_first = False
                 self._record(self._record_first_token, seconds)
 
-        generation = Generation(prompt, Sampler(wanted.sampling), wanted.most, self.generator.ends, tell)
+        generation = Generation(prompt, sampler, most, self.generator.ends, tell)
         answers.generations.append(generation)
         self._add(generation)
 
     def _encode(self, wanted: TextRequest) -> list[list[int]]:
+        vocabulary = self.generator.config.vocabulary
+        for token, _ in wanted.sampling.logit_bias:
+            if token >= vocabulary:
+                raise BadRequest(f"logit_bias: token {token} is not in the vocabulary (0 to {vocabulary - 1})")
         if wanted.messages:
             return [self.generator.encode_chat(wanted.messages)]
         return [self.generator.encode(prompt) for prompt in wanted.prompts]
@@ -241,3 +249,10 @@ class GenerationService(Served):
             with await self.start(wanted) as answers:
                 async with aclosing(answers.pieces(deadline)) as pieces:
                     return "".join([piece.text async for piece in pieces])
+
+
+def _of_choice(sampling: Sampling, choice: int) -> Sampling:
+    """Return how one of several answers to a prompt is sampled: each with a seed of its own, where there is one."""
+    if sampling.seed is None or not choice:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + choice) % 2**63)

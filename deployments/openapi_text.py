@@ -7,8 +7,12 @@ from typing import Any
 from deployments.completions import (
     LEAST_SEED,
     LEAST_TEMPERATURE,
+    MOST_BIAS,
+    MOST_BIASES,
     MOST_CHAT_LOGPROBS,
+    MOST_CHOICES,
     MOST_LOGPROBS,
+    MOST_PENALTY,
     MOST_SEED,
     MOST_STOPS,
     MOST_TEMPERATURE,
@@ -65,6 +69,7 @@ def chat_body(service: GenerationService) -> Json:
 
 def _body(service: GenerationService, needed: Json, **own: Json) -> Json:
     one = {"type": "string", "minLength": 1}
+    penalty = {"type": "number", "minimum": -MOST_PENALTY, "maximum": MOST_PENALTY}
     stop = {"oneOf": [one, {"type": "array", "items": one, "maxItems": MOST_STOPS}]}
     properties = {
         "model": {"type": "string", "enum": [service.name]},
@@ -74,6 +79,15 @@ def _body(service: GenerationService, needed: Json, **own: Json) -> Json:
         "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
         "top_k": {"type": "integer", "minimum": 0},
         "seed": {"type": "integer", "minimum": LEAST_SEED, "maximum": MOST_SEED},
+        "presence_penalty": penalty,
+        "frequency_penalty": penalty,
+        "logit_bias": {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]+$"},
+            "additionalProperties": {"type": "number", "minimum": -MOST_BIAS, "maximum": MOST_BIAS},
+            "maxProperties": MOST_BIASES,
+        },
+        "n": {"type": "integer", "minimum": 1, "maximum": min(MOST_CHOICES, service.most_prompts)},
         "stop": stop,
         "stream": {"type": "boolean"},
         "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},

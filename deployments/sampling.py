@@ -21,6 +21,8 @@ class Sampling:
     `top_k` (0: all) and `top_p` leave the likeliest tokens, as Hugging Face's generation does it: temperature first,
     then `top_k`, then the fewest tokens whose probabilities reach `top_p`. `seed` makes a request's tokens the same
     each time; `logprobs` is how many of the likeliest tokens are told, with log-probabilities (None: nothing is).
+    Before all that `logit_bias` is added to the logits of its tokens, and from those of tokens that the request has
+    generated `frequency_penalty` is subtracted for each time, and `presence_penalty` once (as OpenAI has it).
     """
 
     temperature: float = 1.0
@@ -28,6 +30,9 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,42 +49,72 @@ class Sampler:
     """How one request's tokens are picked, with a generator of its own."""
 
     sampling: Sampling
+    shifts: dict[int, float] = field(default_factory=dict)
+    """What is added to the logits of tokens."""
     _generator: torch.Generator = field(default_factory=torch.Generator)
+    _taken: set[int] = field(default_factory=set)
+    _drawn: float | None = None
 
     def __post_init__(self) -> None:
+        self.shifts.update(self.sampling.logit_bias)
         if self.sampling.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(self.sampling.seed)
 
     def draw(self) -> float:
-        """Return the number from 0 to 1 that decides on the request's next token."""
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        """Return the number from 0 to 1 that decides on the request's next token: the same until one is taken."""
+        if self._drawn is None:
+            self._drawn = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return self._drawn
+
+    def take(self, token: int) -> None:
+        """Go on behind a token that was picked."""
+        self._drawn, how = None, self.sampling
+        if how.presence_penalty or how.frequency_penalty:
+            penalty = how.frequency_penalty + (0 if token in self._taken else how.presence_penalty)
+            self.shifts[token] = self.shifts.get(token, 0) - penalty
+            self._taken.add(token)
 
 
 def pick(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Picked]:
     """Return the next token of each row, found where the logits are: tokens alone leave a GPU. [R, V]."""
-    logits, rows = logits.float(), range(len(samplers))
+    own, rows = logits.float(), range(len(samplers))
+    logits = _shift(samplers, own)
     greedy = [row for row in rows if samplers[row].sampling.temperature == 0]
     drawing = [row for row in rows if row not in greedy]
     # On a CPU each by itself, while it is in the cache (8 rows of 128,256 took 9 ms together, 3 one by one).
     groups = [drawing] if logits.is_cuda else [[row] for row in drawing]
-    parts = [(greedy, _take(logits, greedy).argmax(-1))] if greedy else []
+    parts = [(greedy, _rows(logits, greedy).argmax(-1))] if greedy else []
     for group in filter(None, groups):
-        found = _draw(
-            [samplers[row].sampling for row in group], _take(logits, group), [samplers[r].draw() for r in group]
+        found = _choose(
+            [samplers[row].sampling for row in group], _rows(logits, group), [samplers[r].draw() for r in group]
         )
         parts.append((group, found))
     tokens = dict(
         zip([row for group, _ in parts for row in group], torch.cat([t for _, t in parts]).tolist(), strict=True)
     )
     telling = [row for row in rows if samplers[row].sampling.logprobs is not None]
-    told = _tell([(tokens[row], samplers[row].sampling.logprobs or 0) for row in telling], _take(logits, telling))
-    by_row = dict(zip(telling, told, strict=True))
+    by_row = {}
+    if telling:
+        told = _tell([(tokens[row], samplers[row].sampling.logprobs or 0) for row in telling], _rows(own, telling))
+        by_row = dict(zip(telling, told, strict=True))
+    for row in rows:
+        samplers[row].take(tokens[row])
     return [Picked(tokens[row], *by_row.get(row, ())) for row in rows]
 
 
-def _take(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+def _shift(samplers: Sequence[Sampler], logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits with what each row's request adds to them. [R, V]."""
+    shifts = [(row, *shift) for row, sampler in enumerate(samplers) for shift in sampler.shifts.items()]
+    if not shifts:
+        return logits
+    rows, tokens, values = zip(*shifts, strict=True)
+    where = tuple(torch.tensor(index, device=logits.device) for index in (rows, tokens))
+    return logits.index_put(where, logits.new_tensor(values), accumulate=True)
+
+
+def _rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """Return some rows of a tensor, without a copy where it is all of them or one."""
     if len(rows) == len(tensor):
         return tensor
@@ -88,8 +123,6 @@ def _take(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 
 def _tell(wanted: Sequence[tuple[int, int]], logits: torch.Tensor) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
     """Return the log-probability of each row's token, and so many of the likeliest tokens with theirs. [R, V]."""
-    if not wanted:
-        return []
     every = logits.log_softmax(-1)
     values, likeliest = (found.tolist() for found in every.topk(min(max(n for _, n in wanted), every.shape[-1])))
     own = every[range(len(wanted)), [token for token, _ in wanted]].tolist()
@@ -99,7 +132,7 @@ def _tell(wanted: Sequence[tuple[int, int]], logits: torch.Tensor) -> list[tuple
     ]
 
 
-def _draw(how: Sequence[Sampling], logits: torch.Tensor, drawn: Sequence[float]) -> torch.Tensor:
+def _choose(how: Sequence[Sampling], logits: torch.Tensor, drawn: Sequence[float]) -> torch.Tensor:
     """Return the token of each row that its number falls on, however many are left. [R, V] -> [R]."""
     scaled = logits
     if any(one.temperature != 1 for one in how):
@@ -107,14 +140,14 @@ def _draw(how: Sequence[Sampling], logits: torch.Tensor, drawn: Sequence[float])
         heat = logits.new_tensor([max(one.temperature, _COLDEST) for one in how]).unsqueeze(-1)
         scaled = (logits - logits.amax(-1, keepdim=True)) / heat
     numbers = torch.tensor(drawn, dtype=torch.float64, device=logits.device).unsqueeze(-1)
-    limited = [row for row, one in enumerate(how) if one.top_k or one.top_p < 1]
+    limited = [row for row, one in enumerate(how) if 0 < one.top_k < logits.shape[-1] or one.top_p < 1]
     free = [row for row in range(len(how)) if row not in limited]
     parts = []
     if free:
-        parts.append(_fall(_take(scaled, free).softmax(-1), _take(numbers, free)))
+        parts.append(_fall(_rows(scaled, free).softmax(-1), _rows(numbers, free)))
     if limited:
-        places, probabilities = _leave([how[row] for row in limited], _take(scaled, limited))
-        at = _fall(probabilities, _take(numbers, limited))
+        places, probabilities = _limit([how[row] for row in limited], _rows(scaled, limited))
+        at = _fall(probabilities, _rows(numbers, limited))
         parts.append(torch.where(at < 0, at, places.gather(-1, at.clamp(min=0).unsqueeze(-1)).squeeze(-1)))
     found = torch.cat(parts)
     if free and limited:
@@ -129,13 +162,13 @@ def _fall(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     One number decides, however the probabilities were made.
     """
     total = probabilities.cumsum(-1, dtype=torch.float64)
-    whole = total[:, -1:]
+    whole = total[:, -1:].contiguous()
     places = torch.searchsorted(total, numbers * whole, right=True)
     last = torch.searchsorted(total, whole)  # behind it are those that are not left: their probability is 0
     return torch.where(whole.isfinite(), torch.minimum(places, last), -1).squeeze(-1)
 
 
-def _leave(how: Sequence[Sampling], scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _limit(how: Sequence[Sampling], scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the likeliest tokens of each row, and the probabilities of those that `top_k` and `top_p` leave, else 0.
 
     [R, V] -> [R, N] each. Few are enough as a rule, and finding those is cheap: sorting all

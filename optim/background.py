@@ -149,7 +149,7 @@ class Background:
             report.notes.append(f"compiling in the background failed: {failure}")
             logger.warning("%s; what has not moved over stays eager", report.notes[-1])
         announce(report)
-        del self._job, self._reference  # a copy of the module, and more where float64 was asked
+        del self._job, self._reference  # a copy of the module, and more where a wider dtype was asked for
 
     def stop(self) -> None:
         """End the other process and let `run` return soon; may be called from any thread."""

@@ -62,7 +62,7 @@ class State:
         """Hold it against what `take` returned after eager's call, `start` being what it was before; else Mismatch.
 
         Only what either call changed is compared: of a large cache that is little, and the rest would hide it in an
-        RMS of all. `exact` computes what it should be in float64, as `verify.compare` asks for it.
+        RMS of all. `exact` computes what it should be in a wider dtype, as `verify.compare` asks for it.
         """
         found = Difference()
         values = zip(self.names, self._tensors, start, expected, strict=True)

@@ -18,7 +18,7 @@ TOLERANCES = {
     torch.float16: 2e-2,
     torch.bfloat16: 2e-2,
 }
-#: How much larger than eager's own the error against float64 may be (torch/_dynamo/utils.py, same()).
+#: How much larger than eager's own the error against a wider dtype may be (torch/_dynamo/utils.py, same()).
 RMSE_FACTOR = {torch.float32: 2.0, torch.float16: 3.0, torch.bfloat16: 3.0}
 
 
@@ -46,8 +46,8 @@ def compare(
 ) -> Difference:
     """Hold an output against eager's and return the difference found; Mismatch where it is too large.
 
-    `tolerance` replaces the dtype's own. `exact_reference` computes the same outputs in float64 (or None where the
-    module cannot), and is called only where the tolerance is exceeded: then the RMSE against it may be up to
+    `tolerance` replaces the dtype's own. `exact_reference` computes the same outputs in a wider dtype (or None
+    where the module cannot), and is called only where the tolerance is exceeded: then the RMSE against it may be up to
     RMSE_FACTOR times eager's own.
     """
     got, _ = flatten(output)

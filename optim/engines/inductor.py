@@ -83,7 +83,7 @@ class TorchCompileEngine(Engine):
         options.update({k.replace("-", "_"): v for k, v in (asked.options or {}).items()})
         if not self._on_cuda:
             options.setdefault("freezing", asked.freeze if self._freeze is None else self._freeze)
-        elif self.job.phase == "decode":
+        elif self.job.phase == "decode" and self._mode is None and asked.mode is None:
             # As gpt-fast has it: matrix products of one row become products and sums (torch/_inductor/decomposition.py
             # does it under this option alone), into which norms and activations are fused. Not measured yet (issue 7).
             options.setdefault("coordinate_descent_tuning", True)

@@ -28,12 +28,23 @@ def test_all_fields_of_a_completion_are_read() -> None:
             "stream": True,
             "stream_options": {"include_usage": True},
             "logprobs": 2,
-            "n": 1,
+            "n": 3,
+            "best_of": 3,
+            "presence_penalty": -1,
+            "frequency_penalty": 0.5,
+            "logit_bias": {"5": -100, "17": 2.5},
             "user": "me",
         }
     )
     assert wanted == TextRequest(
-        "m", ["a", "b"], [], 5, ("x", "y"), Sampling(0.5, 3, 0.9, 7, 2), stream=True, with_usage=True
+        model="m",
+        prompts=["a", "b"],
+        most=5,
+        stops=("x", "y"),
+        sampling=Sampling(0.5, 3, 0.9, 7, 2, -1.0, 0.5, ((5, -100.0), (17, 2.5))),
+        stream=True,
+        with_usage=True,
+        choices=3,
     )
 
 
@@ -69,6 +80,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stop": ""}, "stop: ''"),
     ({"stop": ["a"] * 5}, "stop: .* up to 4"),
     ({"stop": [""]}, "stop: "),
+    ({"n": 0}, "n: 0 is not a whole number from 1 to 128"),
+    ({"n": 129}, "n: 129 is not a whole number from 1 to 128"),
+    ({"presence_penalty": 2.1}, "presence_penalty: 2.1 is not a number from -2 to 2"),
+    ({"frequency_penalty": "x"}, "frequency_penalty: 'x' is not a number from -2 to 2"),
+    ({"logit_bias": [5]}, r"logit_bias: \[5\] is not an object of at most 1024 tokens"),
+    ({"logit_bias": {"a": 1}}, "logit_bias: .* by their ids, with numbers from -100 to 100"),
+    ({"logit_bias": {"5": 101}}, "logit_bias: .* from -100 to 100"),
+    ({"logit_bias": {"5": True}}, "logit_bias: "),
+    ({"logit_bias": {"\u0665": 1}}, "logit_bias: "),
+    ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias: .* at most 1024"),
     ({"stream": "yes"}, "stream: 'yes' is not true or false"),
     ({"stream_options": {}}, "stream_options: an object is needed, and `stream` true"),
     ({"beams": 4}, "beams: unknown here; allowed are prompt, "),
@@ -98,9 +119,7 @@ def test_a_wrong_field_of_a_chat_is_named(change: dict[str, Any], message: str) 
         read_chat({**CHAT, **change})
 
 
-@pytest.mark.parametrize(
-    "change", [{"n": 2}, {"echo": True}, {"logit_bias": {"5": 1}}, {"presence_penalty": 1}, {"best_of": 3}]
-)
+@pytest.mark.parametrize("change", [{"best_of": 3}, {"echo": True}, {"best_of": 1, "n": 2}, {"suffix": "x"}])
 def test_what_openai_has_and_this_server_has_not_is_said(change: dict[str, Any]) -> None:
     with pytest.raises(Unsupported, match=f"{next(iter(change))}: .* is not served; leave it out"):
         read_completion({**ASKED, **change})
@@ -115,7 +134,7 @@ def test_images_in_a_chat_are_not_served() -> None:
 def test_a_payload_is_a_prompt_or_a_completions_fields() -> None:
     assert read_payload(b"hello").prompts == read_payload("hello").prompts == ["hello"]
     assert read_payload({"prompt": "x", "max_new_tokens": 7}).most == 7
-    for payload in ({"prompt": ["a", "b"]}, {"prompt": "a", "stream": True}, {"prompt": "a", "logprobs": 1}):
+    for payload in ({"prompt": ["a", "b"]}, {"prompt": "a", "stream": True}, {"prompt": "a", "n": 2}):
         with pytest.raises(BadRequest, match="one prompt at a time"):
             read_payload(payload)
     with pytest.raises(BadRequest, match="not UTF-8"):

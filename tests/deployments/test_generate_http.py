@@ -141,6 +141,39 @@ def test_several_prompts_are_answered_in_their_order(client: openai.OpenAI) -> N
     assert texts == alone
 
 
+def test_a_prompt_may_have_several_answers_each_with_a_seed_of_its_own(client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": NAME, "max_tokens": 8}
+    alone = [client.completions.create(**how, prompt="hello", seed=seed).choices[0].text for seed in (5, 6, 7)]
+    reply = client.completions.create(**how, prompt=["hello", "world"], seed=5, n=3)
+    assert [choice.index for choice in reply.choices] == list(range(6))
+    assert [choice.text for choice in reply.choices[:3]] == alone
+    assert len(set(alone)) > 1
+    one = client.completions.create(**how, prompt=["hello", "world"], seed=5)
+    assert reply.usage and one.usage
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (one.usage.prompt_tokens, 48)
+    texts, roles = ["", ""], [0, 0]
+    chat: dict[str, Any] = {**how, "messages": CHAT, "seed": 5, "n": 2}
+    for event in client.chat.completions.create(**chat, stream=True):
+        for choice in event.choices:
+            texts[choice.index] += choice.delta.content or ""
+            roles[choice.index] += choice.delta.role == "assistant"
+    whole = client.chat.completions.create(**chat)
+    assert (texts, roles) == ([choice.message.content for choice in whole.choices], [1, 1])
+    with pytest.raises(openai.BadRequestError, match="14 answers are asked for in one request; at most 12 are allowed"):
+        client.completions.create(**how, prompt=["a", "b"], n=7)
+
+
+def test_penalties_and_biases_are_heeded(client: openai.OpenAI, service: GenerationService) -> None:
+    how: dict[str, Any] = {"model": NAME, "prompt": "hello", "max_tokens": 12, "temperature": 0}
+    token = service.generator.tokenizer.encode("m", add_special_tokens=False).ids[0]
+    reply = client.completions.create(**how, logit_bias={str(token): 100})
+    assert reply.choices[0].text == "m" * 12
+    penalised = client.completions.create(**how, logit_bias={str(token): 100}, presence_penalty=2, frequency_penalty=2)
+    assert penalised.choices[0].text == "m" * 12  # what a bias of 100 outweighs
+    with pytest.raises(openai.BadRequestError, match="logit_bias: token 300 is not in the vocabulary"):
+        client.completions.create(**how, logit_bias={"300": 1})
+
+
 def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI, service: GenerationService) -> None:
     how: dict[str, Any] = {"model": NAME, "prompt": "hello", "temperature": 0}
     text = client.completions.create(max_tokens=60, **how).choices[0].text
@@ -191,7 +224,7 @@ def test_log_probabilities_come_with_each_token(client: openai.OpenAI) -> None:
         ("/v1/completions", {"model": NAME, "prompt": "\ud800"}, 400, "half of a surrogate pair"),
         ("/v1/completions", {"model": "other", "prompt": "x"}, 404, "Model not found: other"),
         ("/v1/completions", {"prompt": "x"}, 400, "model: the name of a model is needed"),
-        ("/v1/completions", {"model": NAME, "prompt": "x", "n": 2}, 501, "n: 2 is not served"),
+        ("/v1/completions", {"model": NAME, "prompt": "x", "echo": True}, 501, "echo: True is not served"),
         ("/v1/completions", {"model": NAME, "prompt": ["x"] * 13}, 400, "at most 12 are allowed (batching.max_queue)"),
         ("/v1/chat/completions", {"model": NAME, "messages": []}, 400, "messages: a list with at least one"),
         ("/v1/embeddings", {"model": NAME, "input": "x"}, 404, "no such path"),
@@ -267,6 +300,7 @@ def test_fields_of_any_values_get_an_answer_or_an_error_that_names_them(url: str
     values += [["a"], {"a": {}}, [None], [[[]]], "\u00e9" * 300, {"role": "user"}, [{"role": 5}], [{"type": "text"}]]
     fields = ("model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream")
     more = ("stream_options", "logprobs", "top_logprobs", "n", "tools", "response_format", "surprise")
+    newer = ("logit_bias", "presence_penalty", "frequency_penalty", "best_of")
     statuses = set()
     with httpx.Client() as client:
         for number in range(1500):
@@ -275,7 +309,7 @@ def test_fields_of_any_values_get_an_answer_or_an_error_that_names_them(url: str
             asked = {"prompt": "x"} if path == "/v1/completions" else {"messages": CHAT}
             body: dict[str, Any] = {"model": NAME, **asked, "max_tokens": 2}
             for _ in range(r.choice([1, 1, 2])):
-                body[r.choice([*fields, *more])] = r.choice(values)
+                body[r.choice([*fields, *more, *newer])] = r.choice(values)
             reply = client.post(url + path, content=json.dumps(body).encode())
             statuses.add(reply.status_code)
             assert reply.status_code in (200, 400, 404, 501), (number, reply.text)

@@ -100,6 +100,18 @@ def test_a_long_prompt_is_run_in_pieces_that_let_the_others_go_on() -> None:
     assert [call[:2] for call in run.calls] == [("prefill", 16)]
 
 
+def test_a_first_token_does_not_wait_for_the_others_next_ones() -> None:
+    run = Counting()
+    slots = make_slots(run)
+    first = ask(slots, [1], 9)
+    slots.step()
+    assert first.tokens == [2]
+    second = ask(slots, [5], 9)
+    steps = [slots.step() for _ in range(3)]
+    told = [[(generation is second, what.token) for generation, what in step.events] for step in steps]  # type: ignore[union-attr]
+    assert told == [[(False, 3)], [(True, 6)], [(False, 4), (True, 7)]]
+
+
 def test_no_piece_is_mostly_padding() -> None:
     run = Counting()
     slots = make_slots(run)
@@ -158,16 +170,28 @@ def test_what_one_request_raises_ends_that_one_alone() -> None:
 
 def test_a_token_that_cannot_be_picked_ends_that_request_alone() -> None:
     class Broken(Sampler):
-        def draw(self) -> float:
-            raise IndexError("nothing is left")
+        count = 0
 
-    slots = make_slots(Counting())
-    good = ask(slots, [1], 5)
-    bad = Generation([5], Broken(Sampling()), 5)
-    slots.add(bad)
+        def draw(self) -> float:
+            self.count += 1
+            if self.count > 3:
+                raise IndexError("nothing is left")
+            return super().draw()
+
+    def make(sampler: Sampler, slots: Slots) -> Generation:
+        made = Generation([5], sampler, 8)
+        slots.add(made)
+        return made
+
+    hot = Sampling(temperature=2.0, seed=3)
+    slots = make_slots(Counting(), slots=3)
+    alone = make(Sampler(hot), slots)
+    finish(slots)
+    before, bad, behind = make(Sampler(hot), slots), make(Broken(hot), slots), make(Sampler(hot), slots)
     found = ends(finish(slots))
-    assert good.tokens == [2, 3, 4, 5, 6]
+    assert before.tokens == behind.tokens == alone.tokens
     assert isinstance(found[id(bad)], ModelFailed)
+    assert bad.tokens == alone.tokens[:3]
 
 
 def test_what_the_device_raises_is_for_all() -> None:
@@ -178,6 +202,7 @@ def test_what_the_device_raises_is_for_all() -> None:
 
     slots = Slots({4: run.prefill}, fail, (8,), 2, 4)
     generation = ask(slots, [1])
+    slots.step()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         slots.step()
     assert ends([slots.fail(ModelFailed("gone"))]).keys() == {id(generation)}

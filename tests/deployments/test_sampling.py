@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from deployments.sampling import Sampler, Sampling, pick
+from deployments.sampling import Sampler, Sampling, _choose, pick
 
 
 def draw(logits: torch.Tensor, count: int, **how: Any) -> list[int]:
@@ -117,9 +117,59 @@ def test_each_of_many_rows_is_picked_as_it_is_alone() -> None:
         assert [one.logprob is None for one in found] == ["logprobs" not in how for how in ways]
 
 
+def test_rows_that_are_chosen_in_one_go_are_those_chosen_one_by_one() -> None:
+    """What a GPU does with all rows, and a CPU with one at a time."""
+    ways: list[dict[str, Any]] = [
+        {},
+        {"top_k": 4},
+        {"temperature": 1.7},
+        {"top_k": 700, "top_p": 0.7},
+        {"top_p": 0.98, "temperature": 2.0},  # more than are looked at first
+        {"top_k": 10**6},  # all of them, which is no limit
+        {"top_p": 0.1},
+        {},
+    ]
+    how = [Sampling(**way) for way in ways]
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(20):
+        logits = torch.randn(len(ways), 3000, generator=generator) * 2
+        logits[-1] = torch.nan
+        numbers = torch.rand(len(ways), generator=generator).tolist()
+        together = _choose(how, logits, numbers).tolist()
+        one_by_one = [_choose(how[n : n + 1], logits[n : n + 1], numbers[n : n + 1]).tolist() for n in range(len(ways))]
+        assert [[token] for token in together] == one_by_one
+
+
 def test_a_row_without_numbers_leaves_the_others_alone() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(8))
     fine = [one.token for one in pick([Sampler(Sampling(seed=n, top_p=0.9)) for n in range(3)], logits)]
     logits[1] = torch.nan
     found = [one.token for one in pick([Sampler(Sampling(seed=n, top_p=0.9)) for n in range(3)], logits)]
     assert (found[0], found[2]) == (fine[0], fine[2])
+
+
+def test_penalties_and_biases_change_the_logits_as_openai_says() -> None:
+    logits = torch.tensor([[1.0, 0.87, 0.51, -3.0]])
+    sampler = Sampler(Sampling(temperature=0, presence_penalty=0.3, frequency_penalty=0.2, logit_bias=((3, 3.77),)))
+    values = logits[0].tolist()
+    values[3] += 3.77
+    counts = [0] * 4
+    for _ in range(12):
+        mu = [v - 0.2 * c - 0.3 * (c > 0) for v, c in zip(values, counts, strict=True)]
+        (picked,) = pick([sampler], logits)
+        assert picked.token == max(range(4), key=mu.__getitem__)
+        counts[picked.token] += 1
+    assert min(counts) > 0
+    assert logits.tolist() == [[pytest.approx(v) for v in (1.0, 0.87, 0.51, -3.0)]]
+
+
+def test_a_bias_concerns_its_own_request_alone_and_log_probabilities_are_the_models() -> None:
+    logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
+    ways = [Sampling(temperature=0, logprobs=1), Sampling(temperature=0, logprobs=1, logit_bias=((7, 100.0),))]
+    plain, biased = pick([Sampler(how) for how in ways], logits)
+    assert plain.token == int(logits[0].argmax())
+    assert biased.token == 7
+    assert biased.logprob == pytest.approx(float(logits[1].log_softmax(-1)[7]))
+    assert biased.top[0][0] == int(logits[1].argmax())
+    banned = Sampler(Sampling(seed=1, temperature=2.0, logit_bias=tuple((token, -100.0) for token in range(29))))
+    assert [pick([banned], logits[:1])[0].token for _ in range(5)] == [29] * 5

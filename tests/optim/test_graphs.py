@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import optim.builder
-from optim import Bucket, CompiledModel, compile_model
+from optim import Bucket, CompiledModel, CompileError, compile_model
 from optim.engines.base import Engine, EngineJob, Runner
 from optim.monitor import count_recordings, prepare_thread
 from tests.support import models
@@ -92,6 +92,22 @@ def test_out_of_memory_means_fewer_buckets(
             (refusal,) = row.refusals
             assert (refusal.stage, refusal.exception) == ("warm-up", "OutOfMemoryError")
             assert "capturing ran out of memory at bucket" in refusal.message
+    check(model)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_buckets_for_which_nothing_was_recorded_are_named(
+    graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    """From torch 2.9 on a graph of which every part was cut out counts as no skip."""
+    graphs.capacity = 15
+    monkeypatch.setattr("optim.trial._recorded", lambda engine: 5)
+    if strict:
+        with pytest.raises(CompileError, match="no CUDA graph was recorded, and `strict` is set"):
+            build(strict=True)
+        return
+    model = build()
+    assert "graphs: no CUDA graphs were recorded for 8, 4, 2, 1" in model.report.notes
     check(model)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from optim import compile_model
+from optim import Bucket, compile_model
+from optim.config import Pt2Config
 from optim.device import inspect_device
+from optim.engines.base import EngineJob
+from optim.engines.inductor import TorchCompileEngine
 from optim.monitor import count_compilations
+from optim.reference import Reference
 from tests.support import models
 
 pytestmark = [
@@ -165,3 +170,22 @@ def test_a_module_that_fixes_its_size_is_no_dynamic_one() -> None:
     model = compile_model(FixedSize(), models.features, section, batch_sizes=(4,), device="cpu")
     assert model.report.engines() == {"4": "eager"}
     assert model.report.buckets[0].refusals[0].stage in ("warm-up", "verify")
+
+
+@pytest.mark.parametrize(
+    ("phase", "asked", "expected"),
+    [
+        ("decode", {}, True),
+        ("prefill", {}, None),
+        ("decode", {"mode": "reduce-overhead"}, None),
+        ("decode", {"options": {"coordinate_descent_tuning": False}}, False),
+    ],
+)
+def test_decoding_on_a_gpu_asks_for_coordinate_descent(
+    phase: str, asked: dict[str, Any], expected: bool | None
+) -> None:
+    reference = Reference(models.Mlp(), models.features, (Bucket(1),), torch.device("cpu"))
+    pt2 = Pt2Config.parse({"compile": asked})
+    job = EngineJob.of(models.Mlp(), pt2, reference, torch.device("cpu"), phase)
+    engine = TorchCompileEngine(replace(job, info=replace(job.info, device=torch.device("cuda"))))
+    assert engine._options.get("coordinate_descent_tuning") is expected

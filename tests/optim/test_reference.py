@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
 from optim.buckets import Bucket
-from optim.config import Pt2Config
-from optim.engines.base import EngineJob
-from optim.engines.inductor import TorchCompileEngine
 from optim.reference import Reference
+from optim.verify import Mismatch, compare
 from tests.support import models
 
 CPU = torch.device("cpu")
@@ -41,6 +36,9 @@ def test_rows_among_others_may_differ_by_what_rounding_explains(factor: float, i
         return (torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).bfloat16(),)
 
     with torch.no_grad():
+        module, (rows,) = Rounds(factor).bfloat16(), example(4, None)
+        with pytest.raises(Mismatch, match="over the tolerance"):
+            compare(module(rows)[:1], module(rows[:1]))
         reference = Reference(Rounds(factor).bfloat16(), example, (Bucket(1), Bucket(4)), CPU)
     assert reference.rows_are_independent is independent, reference.notes
     assert any("among other rows" in note for note in reference.notes) is not independent
@@ -54,15 +52,3 @@ def test_the_truth_is_in_float64_or_for_two_bytes_in_float32(dtype: torch.dtype,
     with torch.no_grad():
         reference = Reference(models.Mlp().to(dtype), example, (Bucket(2),), CPU)
         assert reference.exact(reference.samples[Bucket(2)])().dtype == wide
-
-
-@pytest.mark.parametrize(
-    ("phase", "options", "expected"),
-    [("decode", None, True), ("prefill", None, None), ("decode", {"coordinate_descent_tuning": False}, False)],
-)
-def test_one_row_is_decoded_on_a_gpu_without_matrix_products(phase: str, options: Any, expected: bool | None) -> None:
-    reference = Reference(models.Mlp(), models.features, (Bucket(1),), CPU)
-    pt2 = Pt2Config.parse({"compile": {"options": options}} if options else None)
-    job = EngineJob.of(models.Mlp(), pt2, reference, CPU, phase)
-    engine = TorchCompileEngine(replace(job, info=replace(job.info, device=torch.device("cuda"))))
-    assert engine._options.get("coordinate_descent_tuning") is expected
