@@ -93,6 +93,7 @@ bench-behind: .venv/.bench-installed
 
 bench-generate: .venv/.bench-installed
 	.venv/bin/python -W ignore -m benchmarks.generate
+	.venv/bin/python -W ignore -m benchmarks.streams
 
 # What benchmarks alone need.
 .venv/.bench-installed: .venv/.installed

@@ -22,7 +22,11 @@ pytestmark = [
 ]
 #: The model's own, and the gateway's.
 PREFIXES = ("/writer", "/all")
-LONG: dict[str, Any] = {"model": "writer", "prompt": "hello", "max_tokens": 480, "seed": 1}
+#: Answers that no end token cuts short.
+LONG: dict[str, Any] = {
+    **{"model": "writer", "prompt": "hello", "max_tokens": 480, "seed": 1},
+    "logit_bias": {"1": -100},
+}
 #: Streams over a handle; a process of its own, since it joins the server's Ray.
 ASK = """
 import json, sys, ray
