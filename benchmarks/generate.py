@@ -116,17 +116,19 @@ def join(slots: Slots, vocabulary: int) -> tuple[float, list[float]]:
     others = [ask(slots, number, PROMPT, 200, vocabulary) for number in range(7)]
     while not all(generation.tokens for generation in others):
         slots.step()
+    slots.step()  # whose turn it is then is the newcomer's
     newcomer = ask(slots, 7, 128, 200, vocabulary)
     started = last = time.perf_counter()
     gaps: list[float] = []
     first_s = 0.0
-    while not (newcomer.tokens and gaps):
+    is_joined = False
+    while not is_joined:
         step, now = slots.step(), time.perf_counter()
         if newcomer.tokens and not first_s:
             first_s = now - started
         if step.rows:
             gaps.append((now - last) * 1e3)
-            last = now
+            last, is_joined = now, bool(newcomer.tokens)
     for generation in (*others, newcomer):
         generation.gone = True
     slots.step()

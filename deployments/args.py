@@ -49,7 +49,7 @@ class LimitsArgs:
     rows: int = 64
     """Most rows of tensors in one request. Default 64."""
     items: int = 2048
-    """Most texts (or photos) in one request of a protocol that takes lists of them. Default 2048, as OpenAI's."""
+    """Most texts (photos, answers) in one request of a protocol that takes lists of them. Default 2048, as OpenAI's."""
     bytes_in_flight: int = 256 * 1024 * 1024
     """Bodies and tensors a replica holds before it answers 503 with Retry-After. Default 256 MiB."""
     timeout_s: float | None = None

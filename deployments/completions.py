@@ -66,8 +66,8 @@ class TextRequest:
 def read_completion(message: Any) -> TextRequest:
     """Return what a request to /v1/completions asks for; BadRequest names the field, the value and what is allowed."""
     fields = _Fields(message, ("prompt", "logprobs", "max_tokens", "best_of"))
-    best_of = fields.whole("best_of", 1)
-    if best_of not in (None, fields.take("n") or 1):  # as many are answered with as are made
+    best_of, choices = fields.whole("best_of", 1), fields.whole("n", 1, MOST_CHOICES)
+    if best_of not in (None, choices or 1):  # as many are answered with as are made
         raise Unsupported(f"best_of: {best_of} is not served; leave it out")
     count = fields.whole("logprobs", 0, MOST_LOGPROBS)
     most = fields.whole("max_tokens", 1)
@@ -209,8 +209,8 @@ def _is_temperature(value: float) -> bool:
     return LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE
 
 
-def _is_bias(item: tuple[str, Any]) -> bool:
-    token, bias = item
+def _is_bias(item: tuple[Any, Any]) -> bool:
+    token, bias = str(item[0]), item[1]  # over a handle ids may be whole numbers
     is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
     return token.isascii() and token.isdigit() and len(token) < 19 and is_number and -MOST_BIAS <= bias <= MOST_BIAS
 

@@ -148,8 +148,8 @@ class GenerationService(Served):
         return {"device": next(iter(reports.values()))["device"], "functions": reports}
 
     @property
-    def most_prompts(self) -> int:
-        """The most prompts of one request: the others' turn comes too."""
+    def most_answers(self) -> int:
+        """The most answers to one request, all its prompts together: the others' turn comes too."""
         return min(self.limits.items, self.admission.max_rows)
 
     def seconds_to_drain(self, rows: int) -> int:
@@ -187,10 +187,11 @@ class GenerationService(Served):
 
         BadRequest for prompts that do not fit, Overloaded and NotReady where they cannot be taken.
         """
-        most, asked = self.most_prompts, (len(wanted.prompts) or 1) * wanted.choices
+        most, asked = self.most_answers, (len(wanted.prompts) or 1) * wanted.choices
         if asked > most:
             which = "limits.items" if most == self.limits.items else "batching.max_queue"
-            raise BadRequest(f"{asked} answers are asked for in one request; at most {most} are allowed ({which})")
+            field = "n" if wanted.choices > 1 else "prompt"
+            raise BadRequest(f"{field}: {asked} answers to one request; at most {most} are allowed ({which})")
         self._loop = asyncio.get_running_loop()
         with ExitStack() as stack:
             # Before they are tokenised, which is work.
@@ -255,4 +256,4 @@ def _of_choice(sampling: Sampling, choice: int) -> Sampling:
     """Return how one of several answers to a prompt is sampled: each with a seed of its own, where there is one."""
     if sampling.seed is None or not choice:
         return sampling
-    return replace(sampling, seed=(sampling.seed + choice) % 2**63)
+    return replace(sampling, seed=(sampling.seed + choice + 2**63) % 2**64 - 2**63)  # it has 64 bits

@@ -35,7 +35,7 @@ def completion_body(service: GenerationService) -> Json:
     """Return the schema of what /v1/completions takes."""
     token = {"type": "integer", "minimum": 0, "maximum": service.generator.config.vocabulary - 1}
     tokens = {"type": "array", "items": token, "minItems": 1, "maxItems": service.generator.length - 1}
-    most = {"minItems": 1, "maxItems": service.most_prompts}
+    most = {"minItems": 1, "maxItems": service.most_answers}
     prompt = {
         "oneOf": [
             _TEXT,
@@ -83,11 +83,11 @@ def _body(service: GenerationService, needed: Json, **own: Json) -> Json:
         "frequency_penalty": penalty,
         "logit_bias": {
             "type": "object",
-            "propertyNames": {"pattern": "^[0-9]+$"},
+            "propertyNames": {"pattern": "^[0-9]{1,18}$"},
             "additionalProperties": {"type": "number", "minimum": -MOST_BIAS, "maximum": MOST_BIAS},
             "maxProperties": MOST_BIASES,
         },
-        "n": {"type": "integer", "minimum": 1, "maximum": min(MOST_CHOICES, service.most_prompts)},
+        "n": {"type": "integer", "minimum": 1, "maximum": min(MOST_CHOICES, service.most_answers)},
         "stop": stop,
         "stream": {"type": "boolean"},
         "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},

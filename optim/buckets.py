@@ -86,6 +86,18 @@ def pick_between(buckets: Iterable[Bucket]) -> list[Bucket]:
     return sorted((size for size in found - grid if size.length > 0), key=lambda size: (size.tokens, size))
 
 
+def pick_typical(bucket: Bucket, buckets: Iterable[Bucket]) -> Bucket | None:
+    """Return the size that requests of a bucket have on average, between its length and the next shorter one.
+
+    None where there is one length: then that may be all there ever is.
+    """
+    lengths = sorted({b.length for b in buckets})
+    if len(lengths) < 2:
+        return None
+    shorter = max((length for length in lengths if length < bucket.length), default=0)
+    return Bucket(bucket.batch_size, (shorter + bucket.length + 1) // 2)
+
+
 def pick_length(length: int, lengths: Iterable[int]) -> int | None:
     """Return the smallest of `lengths` that holds `length`, or None where none does."""
     return min((candidate for candidate in lengths if candidate >= length), default=None)

@@ -50,7 +50,7 @@ SIMPLICITY = (
 
 @dataclass(frozen=True)
 class Round:
-    """Median ms of several engines on one bucket, timed in turn."""
+    """Median ms of several engines on one bucket, timed in turn; see `Race` for what they were given."""
 
     bucket: Bucket
     ms: Mapping[str, float]
@@ -158,7 +158,9 @@ def _simplicity(name: str) -> tuple[int, str]:
 class Race:
     """Runs the engines named, in order, against each other and against eager; memory of losers is given back.
 
-    It is held on all of the job's buckets, or on those given.
+    It is held on all of the job's buckets, or on those given. What pads requests to a bucket is given its example; what
+    takes them as they are, eager included, an example of their average length (MiniLM: IPEX, 4 % faster than OpenVINO
+    at the buckets' own lengths, served 12 % fewer texts a second).
     `deadline` is on the clock of time.monotonic(). `tell` sees everything as it happens. In an `expendable`
     process an engine that runs out of memory falls out; else that is an error. All engines live on the calling thread,
     which must own the model.
@@ -259,9 +261,14 @@ class Race:
 
     def _runner(self, name: str, bucket: Bucket) -> Runner:
         if name == "eager":
-            return self._job.module
-        trial = self.trials[name]
-        return serving(trial.engine, trial.proven[bucket].run)
+            run: Runner = self._job.module
+        else:
+            trial = self.trials[name]
+            run = serving(trial.engine, trial.proven[bucket].run)
+            if not trial.engine.takes_any_size:
+                return run
+        typical = self._reference.typical(bucket)
+        return run if typical is None else lambda *inputs: run(*typical)
 
     def _report(self, event: Event) -> None:
         self.standing.take(event)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optim.buckets import Bucket, pick_between
+from optim.buckets import Bucket, pick_between, pick_typical
 from optim.errors import ConfigError, ModelError, describe, is_device_error, is_out_of_memory
 from optim.shapes import Example, Inputs, TensorSpec, cut, make_specs, normalize, pad, take_rows
 from optim.state import State
@@ -203,6 +203,11 @@ class Reference:
                 raise
             return None
 
+    def typical(self, bucket: Bucket) -> Inputs | None:
+        """Return an example of what a bucket's requests are before they are padded to it; None where none is."""
+        size = pick_typical(bucket, self.samples) if self.rows_are_independent and not self.state else None
+        return None if size is None else self.probe(size)
+
     def probes(self, bucket: Bucket) -> tuple[list[Inputs], list[Inputs]]:
         """Return examples of other sizes up to a bucket's: those to warm code for any size with, and those to check it.
 
@@ -220,6 +225,7 @@ class Reference:
         wanted = {Bucket(b.batch_size, b.length // 2) for b in self.samples if b.length > 1}
         if not self.state:
             wanted.update(pick_between(self.samples))
+            wanted.update(filter(None, (pick_typical(bucket, self.samples) for bucket in self.samples)))
         if probes:
             for bucket in self.samples:
                 wanted |= _sizes(bucket, (1, 2, 0)) | _sizes(bucket, (-1, 0))
@@ -290,9 +296,8 @@ class Reference:
         for how, got, want, inputs in self._with_and_without_others():
 
             def exact(inputs: Inputs = inputs) -> Any:
-                return self.exact(
-                    inputs, self.state.take()
-                )()  # with what the call wrote: made again, it changes nothing
+                # From what the call left: made again, it changes nothing.
+                return self.exact(inputs, self.state.take())()
 
             try:
                 # Kernels for more rows round otherwise, in two bytes by more than the tolerance allows: a difference

@@ -159,17 +159,23 @@ def test_a_prompt_may_have_several_answers_each_with_a_seed_of_its_own(client: o
             roles[choice.index] += choice.delta.role == "assistant"
     whole = client.chat.completions.create(**chat)
     assert (texts, roles) == ([choice.message.content for choice in whole.choices], [1, 1])
-    with pytest.raises(openai.BadRequestError, match="14 answers are asked for in one request; at most 12 are allowed"):
+    with pytest.raises(openai.BadRequestError, match="n: 14 answers to one request; at most 12 are allowed") as e:
         client.completions.create(**how, prompt=["a", "b"], n=7)
+    assert e.value.param == "n"
 
 
 def test_penalties_and_biases_are_heeded(client: openai.OpenAI, service: GenerationService) -> None:
     how: dict[str, Any] = {"model": NAME, "prompt": "hello", "max_tokens": 12, "temperature": 0}
     token = service.generator.tokenizer.encode("m", add_special_tokens=False).ids[0]
-    reply = client.completions.create(**how, logit_bias={str(token): 100})
-    assert reply.choices[0].text == "m" * 12
-    penalised = client.completions.create(**how, logit_bias={str(token): 100}, presence_penalty=2, frequency_penalty=2)
-    assert penalised.choices[0].text == "m" * 12  # what a bias of 100 outweighs
+    bias = {str(token): 20}
+    assert client.completions.create(**how, logit_bias=bias).choices[0].text == "m" * 12
+    plain = client.completions.create(**how).choices[0].text
+    for field in ("presence_penalty", "frequency_penalty"):
+        penalty: dict[str, Any] = {field: 2}
+        assert client.completions.create(**how, **penalty).choices[0].text != plain
+    often = client.completions.create(**how, logit_bias=bias, frequency_penalty=2).choices[0].text
+    assert "mm" in often
+    assert often != "m" * 12
     with pytest.raises(openai.BadRequestError, match="logit_bias: token 300 is not in the vocabulary"):
         client.completions.create(**how, logit_bias={"300": 1})
 

@@ -91,20 +91,6 @@ SMALL_MODELS = [
 ]
 
 
-def make_writer(checkpoint: Path) -> dict[str, Any]:
-    """Return the application of a model that generates text, and make its checkpoint."""
-    make_checkpoint(checkpoint)
-    return make_application(
-        "writer",
-        {
-            "model": "deployments.generate:TextGenerator",
-            "model_args": {"checkpoint": str(checkpoint)},
-            "pt2": EAGER,
-            "batching": {"batch_sizes": [1, 4], "max_queue": 12},
-        },
-    )
-
-
 GATEWAY = {
     "name": "gateway",
     "route_prefix": "/all",

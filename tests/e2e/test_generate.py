@@ -76,7 +76,7 @@ def test_a_stream_comes_while_it_is_made(server: Server, prefix: str) -> None:
     before = count_steps(server)
     with client_of(server, prefix).completions.create(**LONG, stream=True) as events:
         next(iter(events))
-        assert count_steps(server) - before < LONG["max_tokens"]
+        assert count_steps(server) - before < LONG["max_tokens"] / 2
         assert sum(1 for _ in events) > 0
     assert count_steps(server) - before >= LONG["max_tokens"] - 1
 
@@ -100,7 +100,8 @@ def test_callers_that_hang_up_free_their_slots(server: Server, stream: bool, pre
         assert status == 503, reply
         assert time.monotonic() < end
         time.sleep(0.1)
-    assert count_steps(server) - before < 12 * LONG["max_tokens"] / 4  # of four at a time, what they had all asked for
+    # All of them had asked for three times as many steps as one, four at a time.
+    assert count_steps(server) - before < 2 * LONG["max_tokens"]
 
 
 def test_a_handle_streams_what_openai_would_get(server: Server) -> None:
@@ -123,13 +124,12 @@ def test_the_gateway_answers_for_it_too(server: Server) -> None:
 
 
 def test_a_deadline_is_answered_in_openais_shape(server: Server) -> None:
-    headers = {**JSON, "x-request-timeout-seconds": "0.1"}
+    headers, later = {**JSON, "x-request-timeout-seconds": "0.1"}, {"x-request-timeout-seconds": "0.2"}
     for prefix in PREFIXES:
         status, _, body = server.request(f"{prefix}/v1/completions", json.dumps(LONG).encode(), headers)
         assert (status, "deadline" in json.loads(body)["error"]["message"]) == (408, True), body
         streamed = json.dumps({**LONG, "stream": True}).encode()
-        headers = {**JSON, "x-request-timeout-seconds": "0.4"}
-        status, _, body = server.request(f"{prefix}/v1/completions", streamed, headers)
+        status, _, body = server.request(f"{prefix}/v1/completions", streamed, {**headers, **later})
         events = [json.loads(event.removeprefix(b"data: ")) for event in body.split(b"\n\n") if event]
         assert "deadline" in events[-1]["error"]["message"], events[-1]
-        assert status == (200 if len(events) > 1 else 408)
+        assert status == 200 or (status == 408 and len(events) == 1)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from optim.buckets import Bucket, cover, make_grid, pick_between, pick_length
+from optim.buckets import Bucket, cover, make_grid, pick_between, pick_length, pick_typical
 from optim.errors import ConfigError
 
 pytest.importorskip("hypothesis")  # a GPU machine may have pytest alone
@@ -81,3 +81,10 @@ def test_sizes_between_the_buckets_of_texts() -> None:
     grid = make_grid((1, 2, 4), (16, 32, 64), token_budget=64)
     short = "1x1 1x2 1x3 1x4 1x5 1x6 1x7 1x8 1x11 1x15"
     assert " ".join(map(str, pick_between(grid))) == f"{short} 1x22 2x11 2x15 1x31 1x43 2x22 4x11 3x16 4x15 2x31 1x63"
+
+
+def test_a_bucket_is_asked_for_half_way_down_to_the_next_shorter_one() -> None:
+    grid = [Bucket(rows, length) for rows in (1, 8) for length in (16, 32, 48)]
+    assert [pick_typical(Bucket(8, length), grid) for length in (16, 32, 48)] == [Bucket(8, n) for n in (8, 24, 40)]
+    assert pick_typical(Bucket(1, 16), [Bucket(1, 16), Bucket(2, 16)]) is None
+    assert pick_typical(Bucket(1), [Bucket(1), Bucket(2)]) is None

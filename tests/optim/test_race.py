@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ import torch
 from torch import nn
 
 from optim import Bucket, CompiledModel, compile_model
-from optim.race import SIMPLICITY, TIE, Round, rank
+from optim.buckets import make_grid
+from optim.config import Pt2Config
+from optim.engines.base import Engine, EngineJob
+from optim.race import SIMPLICITY, TIE, Race, Round, rank
+from optim.reference import Reference
+from optim.trial import Proven, Trial
+from optim.verify import Difference
 from tests.support import backends, models
 
 pytest.importorskip("hypothesis")  # a GPU machine may have pytest alone
@@ -185,3 +192,46 @@ assert not [n for n in sys.modules if n in ("openvino", "intel_extension_for_pyt
 
 
 assert backends.BACKENDS  # importing the module registers them
+
+
+class Lengths(nn.Module):
+    """[B, L] -> [B]; it notes the lengths that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.asked.append(x.shape[1])
+        return x.sum(1)
+
+
+@pytest.mark.parametrize(("lengths", "free"), [((16, 32), {8, 24}), ((32,), {32})])
+def test_what_takes_requests_as_they_are_is_timed_on_their_average_length(
+    lengths: tuple[int, ...], free: set[int]
+) -> None:
+    def example(rows: int, length: int | None) -> tuple[torch.Tensor, ...]:
+        return (torch.ones(rows, length or 0),)
+
+    module, device = Lengths().eval(), torch.device("cpu")
+    reference = Reference(module, example, make_grid((1, 2), lengths), device)
+    job = EngineJob.of(module, Pt2Config.parse(None), reference, device, "forward")
+    found = Race(job, reference, [], time.monotonic() + 60)
+    for takes_any_size, expected in ((True, free), (False, set(lengths))):
+        engine = Engine(job)
+        engine.takes_any_size = takes_any_size
+        proven = {bucket: Proven(module, Difference()) for bucket in job.samples}
+        found.trials["some"] = Trial(engine, reference, 60, proven=proven)
+        runs = {bucket: found._runner("some", bucket) for bucket in job.samples}
+        module.asked.clear()
+        for bucket, run in runs.items():
+            run(*job.samples[bucket])
+        assert set(module.asked) == expected
+    runs = {bucket: found._runner("eager", bucket) for bucket in job.samples}
+    module.asked.clear()
+    for bucket, run in runs.items():
+        run(*job.samples[bucket])
+    assert set(module.asked) == free
+    # Another process, which has no function that makes examples, knows those too.
+    other = reference.of_copy(Lengths().eval())
+    assert {inputs[0].shape[1] for bucket in job.samples if (inputs := other.typical(bucket))} == free - {32}
