@@ -89,13 +89,14 @@ def pick_between(buckets: Iterable[Bucket]) -> list[Bucket]:
 def pick_typical(bucket: Bucket, buckets: Iterable[Bucket]) -> Bucket | None:
     """Return the size that requests of a bucket have on average, between its length and the next shorter one.
 
-    None where there is one length: then that may be all there ever is.
+    Those that run together are of similar length. At most a quarter shorter than the bucket: lengths far from each
+    other may be all there are; None where there is one.
     """
     lengths = sorted({b.length for b in buckets})
     if len(lengths) < 2:
         return None
     shorter = max((length for length in lengths if length < bucket.length), default=0)
-    return Bucket(bucket.batch_size, (shorter + bucket.length + 1) // 2)
+    return Bucket(bucket.batch_size, -(-max(2 * (shorter + bucket.length), 3 * bucket.length) // 4))
 
 
 def pick_length(length: int, lengths: Iterable[int]) -> int | None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from optim.buckets import Bucket, pick_between, pick_typical
+from optim.buckets import Bucket, pick_between, pick_probes, pick_typical
 from optim.errors import ConfigError, ModelError, describe, is_device_error, is_out_of_memory
-from optim.shapes import Example, Inputs, TensorSpec, cut, make_specs, normalize, pad, take_rows
+from optim.shapes import Example, Inputs, TensorSpec, cut, make_specs, measure, normalize, pad, take_rows
 from optim.state import State
 from optim.tree import Rebuild, flatten, tensors_of
 from optim.values import reads_values
@@ -204,9 +204,11 @@ class Reference:
             return None
 
     def typical(self, bucket: Bucket) -> Inputs | None:
-        """Return an example of what a bucket's requests are before they are padded to it; None where none is."""
+        """Return an example of what a bucket's requests are before they are padded to it; None where there is none."""
         size = pick_typical(bucket, self.samples) if self.rows_are_independent and not self.state else None
-        return None if size is None else self.probe(size)
+        inputs = None if size is None else self.probe(size)
+        fits = size and inputs and measure(self.input_specs, inputs) == (size.batch_size, size.length)
+        return inputs if fits else None
 
     def probes(self, bucket: Bucket) -> tuple[list[Inputs], list[Inputs]]:
         """Return examples of other sizes up to a bucket's: those to warm code for any size with, and those to check it.
@@ -221,11 +223,11 @@ class Reference:
         return first, second
 
     def record(self, *, probes: bool = False) -> dict[Bucket, Inputs]:
-        """Return every example that verification will ask for, by size; `probes` includes those of `probes`."""
+        """Return every example that verification and a race will ask for, by size; `probes` adds those of `probes`."""
         wanted = {Bucket(b.batch_size, b.length // 2) for b in self.samples if b.length > 1}
         if not self.state:
             wanted.update(pick_between(self.samples))
-            wanted.update(filter(None, (pick_typical(bucket, self.samples) for bucket in self.samples)))
+            wanted.update(filter(None, (pick_typical(bucket, self.samples) for bucket in pick_probes(self.samples))))
         if probes:
             for bucket in self.samples:
                 wanted |= _sizes(bucket, (1, 2, 0)) | _sizes(bucket, (-1, 0))

@@ -59,7 +59,10 @@ class BucketReport:
     graph_bytes: int | None = None
     """GPU memory that capturing this bucket's CUDA graph took."""
     race: list[dict[str, float]] = field(default_factory=list)
-    """Median ms by engine, one mapping for every round of the race: the engines of a round were timed in turn."""
+    """Median ms by engine, one mapping for every round of the race: the engines of a round were timed in turn.
+
+    Of engines that do not pad it is that of a request's average length; `ms` is the bucket's own.
+    """
     eager_won: bool = False
     """Whether eager serves because it was fastest: in this bucket's race, in its nearest neighbour's, or at last."""
     refusals: list[Refusal] = field(default_factory=list)

@@ -83,8 +83,9 @@ def test_sizes_between_the_buckets_of_texts() -> None:
     assert " ".join(map(str, pick_between(grid))) == f"{short} 1x22 2x11 2x15 1x31 1x43 2x22 4x11 3x16 4x15 2x31 1x63"
 
 
-def test_a_bucket_is_asked_for_half_way_down_to_the_next_shorter_one() -> None:
+def test_a_buckets_requests_are_half_way_down_to_the_next_shorter_one_and_at_most_a_quarter() -> None:
     grid = [Bucket(rows, length) for rows in (1, 8) for length in (16, 32, 48)]
-    assert [pick_typical(Bucket(8, length), grid) for length in (16, 32, 48)] == [Bucket(8, n) for n in (8, 24, 40)]
+    assert [pick_typical(Bucket(8, length), grid) for length in (16, 32, 48)] == [Bucket(8, n) for n in (12, 24, 40)]
+    assert pick_typical(Bucket(1, 512), [Bucket(1, 128), Bucket(1, 512)]) == Bucket(1, 384)
     assert pick_typical(Bucket(1, 16), [Bucket(1, 16), Bucket(2, 16)]) is None
     assert pick_typical(Bucket(1), [Bucket(1), Bucket(2)]) is None

@@ -195,43 +195,45 @@ assert backends.BACKENDS  # importing the module registers them
 
 
 class Lengths(nn.Module):
-    """[B, L] -> [B]; it notes the lengths that it is asked for."""
+    """[B, L] -> [B]; it notes the lengths that it is asked for, and may refuse those that are not in `only`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[int] = []
+        self.only: tuple[int, ...] = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.only and x.shape[1] not in self.only:
+            raise RuntimeError("only some lengths")
         self.asked.append(x.shape[1])
         return x.sum(1)
 
 
-@pytest.mark.parametrize(("lengths", "free"), [((16, 32), {8, 24}), ((32,), {32})])
+@pytest.mark.parametrize(("lengths", "typical"), [((16, 32), {12, 24}), ((32,), {32})])
 def test_what_takes_requests_as_they_are_is_timed_on_their_average_length(
-    lengths: tuple[int, ...], free: set[int]
+    lengths: tuple[int, ...], typical: set[int]
 ) -> None:
     def example(rows: int, length: int | None) -> tuple[torch.Tensor, ...]:
         return (torch.ones(rows, length or 0),)
 
+    def asked(reference: Reference, name: str, *, takes_any_size: bool = False, only: tuple[int, ...] = ()) -> set[int]:
+        run, found = Lengths(), set[int]()
+        job = EngineJob.of(run, Pt2Config.parse(None), reference, device, "forward")
+        race, engine = Race(job, reference, [], time.monotonic() + 60), Engine(job)
+        engine.takes_any_size, run.only = takes_any_size, only
+        race.trials["some"] = Trial(engine, reference, 60, proven={b: Proven(run, Difference()) for b in job.samples})
+        for bucket, inputs in job.samples.items():
+            timed = race._runner(name, bucket)
+            run.asked.clear()
+            timed(*inputs)
+            found.update(run.asked)
+        return found
+
     module, device = Lengths().eval(), torch.device("cpu")
     reference = Reference(module, example, make_grid((1, 2), lengths), device)
-    job = EngineJob.of(module, Pt2Config.parse(None), reference, device, "forward")
-    found = Race(job, reference, [], time.monotonic() + 60)
-    for takes_any_size, expected in ((True, free), (False, set(lengths))):
-        engine = Engine(job)
-        engine.takes_any_size = takes_any_size
-        proven = {bucket: Proven(module, Difference()) for bucket in job.samples}
-        found.trials["some"] = Trial(engine, reference, 60, proven=proven)
-        runs = {bucket: found._runner("some", bucket) for bucket in job.samples}
-        module.asked.clear()
-        for bucket, run in runs.items():
-            run(*job.samples[bucket])
-        assert set(module.asked) == expected
-    runs = {bucket: found._runner("eager", bucket) for bucket in job.samples}
-    module.asked.clear()
-    for bucket, run in runs.items():
-        run(*job.samples[bucket])
-    assert set(module.asked) == free
-    # Another process, which has no function that makes examples, knows those too.
-    other = reference.of_copy(Lengths().eval())
-    assert {inputs[0].shape[1] for bucket in job.samples if (inputs := other.typical(bucket))} == free - {32}
+    # Another process has no function that makes examples.
+    for known in (reference.of_copy(Lengths().eval()), reference):
+        assert asked(known, "some", takes_any_size=True) == typical
+        assert asked(known, "some", takes_any_size=True, only=lengths) == set(lengths)
+        assert asked(known, "some") == set(lengths)
+        assert asked(known, "eager") == set(lengths)
