@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, Iterator, MutableMapping
-from contextlib import ExitStack, aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -93,7 +92,7 @@ async def _ask(handle: DeploymentHandle[Any], what: tuple[str, str, Headers, byt
 
 def _take_back(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> None:
     """Cancel a call: Ray Serve takes back by itself only what no replica has yet."""
-    with contextlib.suppress(Exception):  # it raises where the call has just failed
+    with suppress(Exception):  # it raises where the call has just failed
         call.cancel()  # type: ignore[no-untyped-call]
 
 
