@@ -62,12 +62,12 @@ def compile_functions(
     shares: Sequence[Share] = (),
 ) -> dict[str, CompiledModel]:
     """Compile the functions of a decoder for the calling thread; all of them share weights and cache."""
-    pt2 = _for_decoders(Pt2Config.parse(pt2), device)
+    pt2 = Pt2Config.parse(pt2)
     return {
         name: compile_model(
             function.module,
             function.example,
-            pt2,
+            _for_decoders(pt2, device, function.phase),
             batch_sizes=function.batch_sizes,
             lengths=function.lengths,
             token_budget=token_budget,
@@ -80,7 +80,7 @@ def compile_functions(
     }
 
 
-def _for_decoders(pt2: Pt2Config, device: str) -> Pt2Config:
+def _for_decoders(pt2: Pt2Config, device: str, phase: str) -> Pt2Config:
     """Return the configuration with the engines and the budget that suit decoders, where it names none.
 
     Only Inductor keeps state. Of its variants these have no copy of the weights for each bucket, and torch's caches
@@ -91,7 +91,8 @@ def _for_decoders(pt2: Pt2Config, device: str) -> Pt2Config:
     if pt2.compile.backend != "auto":
         return pt2
     freezes = device == "cpu" and pt2.compile.freeze
-    engines = tune.engines or (["inductor-onednn", "inductor-unfrozen"] if freezes else ["inductor"])
+    for_cpu = ["inductor-onednn", "inductor-unfrozen", *(["inductor-gemv"] if phase == "decode" else [])]
+    engines = tune.engines or (for_cpu if freezes else ["inductor"])
     budget_s = _BUDGET_S if tune.budget_s is None else tune.budget_s
     return replace(pt2, tune=replace(tune, engines=engines, budget_s=budget_s))
 

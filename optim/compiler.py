@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optim import pages
 from optim.attention import check_phase, kernel_of
 from optim.background import Background
 from optim.buckets import make_grid
@@ -25,6 +26,7 @@ from optim.reference import Reference
 from optim.report import CompileReport, announce
 from optim.shapes import Example
 from optim.share import Share
+from optim.start import clock
 from optim.streams import check_streams
 
 logger = logging.getLogger(__name__)
@@ -77,12 +79,18 @@ def compile_model(
         reference = Reference(module, example, grid, where, state)
         job = EngineJob.of(module, config, reference, where, phase)
         report.device = job.info.to_dict()
+        if job.wants_huge_pages:
+            with clock(report, "pages"):
+                pages.collapse()  # eager is timed as well
         report.padding = reference.rows_are_independent
         report.seconds["eager"] = round(time.perf_counter() - started, 3)
         found = choose(job, reference, report, stream_count, shares, streams_must_pay=streams is None)
         report.notes += reference.notes  # now, since verification adds to them
     reference.state.clear()
     _give_memory_back()
+    if job.wants_huge_pages:
+        with clock(report, "pages"):
+            pages.collapse()  # what is left of what was built, once the rest was given back
     report.seconds["total"] = round(time.perf_counter() - started, 3)
     model = CompiledModel(
         module,

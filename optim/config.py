@@ -26,6 +26,7 @@ OWN_BACKENDS = (
     "onnxruntime",
     "inductor-default",
     "inductor-onednn",
+    "inductor-gemv",
     "inductor-unfrozen",
     "inductor-max-autotune",
     "aot",

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from optim import pages
 from optim.errors import describe
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def inspect_device(device: torch.device) -> DeviceInfo:
         "onnxruntime": _find_onnxruntime(),
         "tensorrt": _find_distribution("torch-tensorrt"),
         "bfloat16": _find_bfloat16(device),
+        "huge_pages": _find_huge_pages(device),
     }
     return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
 
@@ -241,6 +243,11 @@ def _find_ipex(device: torch.device) -> Capability:
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
         return Capability(False, f"IPEX {found.detail} needs a CPU with AVX2")
     return Capability(True, found.detail)
+
+
+def _find_huge_pages(device: torch.device) -> Capability:
+    reason = pages.why_not() if device.type == "cpu" else "they are for a model in the CPU's memory"
+    return Capability(reason is None, reason or "for decoders")
 
 
 def _find_bfloat16(device: torch.device) -> Capability:

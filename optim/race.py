@@ -28,7 +28,7 @@ HOPELESS = 1.3
 
 #: Variants of Inductor: not tried where it was itself this much slower than the best, since they differ by less
 #: (EfficientNet-Lite0: unfrozen 1.2 to 1.4 times as slow as frozen; the others change matrix products alone).
-VARIANTS = ("inductor-onednn", "inductor-unfrozen", "inductor-max-autotune")
+VARIANTS = ("inductor-onednn", "inductor-gemv", "inductor-unfrozen", "inductor-max-autotune")
 FAR_BEHIND = 1.5
 
 #: Simplest first: what breaks a tie. Eager is nothing added; then what torch itself brings, then single packages.
@@ -39,6 +39,7 @@ SIMPLICITY = (
     "inductor-default",
     "inductor-onednn",
     "inductor-unfrozen",
+    "inductor-gemv",
     "inductor-max-autotune",
     "aot",
     "onnxruntime",

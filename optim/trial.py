@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from optim import pages
 from optim.attention import attention, with_precision
 from optim.buckets import Bucket, pick_between
 from optim.config import Pt2Config
@@ -124,8 +125,10 @@ class Trial:
         self._bounded(self._build, f"{self.engine.name}: build")
 
     def _prove(self, bucket: Bucket) -> Refusal | None:
-        engine, stage = self.engine, "warm-up"
+        engine, stage = self.engine, "preflight"
         try:
+            engine.check_bucket(bucket)
+            stage = "warm-up"
             skips = count_compilations().cudagraph_skips
             memory, recorded = _reserved(engine), _recorded(engine)
             run = self._bounded(lambda: self._warm_up(bucket), f"{engine.name}: bucket {bucket}")
@@ -166,6 +169,8 @@ class Trial:
                 engine.mark(inputs)
                 for _ in range(config.verify.warmup_calls):
                     run(*inputs)
+        if engine.job.wants_huge_pages:
+            pages.collapse()  # what was packed for this bucket too, before it is timed
         return run
 
     def _probes(self, bucket: Bucket) -> tuple[list[Inputs], list[Inputs]]:

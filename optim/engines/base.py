@@ -77,6 +77,15 @@ class EngineJob:
         return len({bucket.length for bucket in self.samples}) > 1
 
     @property
+    def wants_huge_pages(self) -> bool:
+        """Whether its memory shall lie in huge pages: where calls do little but read the weights, on a CPU that can.
+
+        Models of other kinds gain too little for the time it takes (at batch sizes from 2 EfficientNet-Lite0 3 to 5 %
+        by OpenVINO, MiniLM nothing).
+        """
+        return self.phase != "forward" and self.info.capabilities["huge_pages"].available
+
+    @property
     def autocast(self) -> bool:
         """Whether the compiled engine is asked to run under bf16."""
         return self.config.autocast
@@ -111,6 +120,9 @@ class Engine:
 
     def build(self) -> None:
         """Prepare what all buckets share."""
+
+    def check_bucket(self, bucket: Bucket) -> None:
+        """Raise Unavailable with the reason where the engine is not for a bucket."""
 
     def compile(self, bucket: Bucket) -> Runner:
         """Return the callable of one bucket."""

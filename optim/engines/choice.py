@@ -10,6 +10,7 @@ from types import MappingProxyType
 from optim.engines.aot import AotEngine
 from optim.engines.base import Engine, EngineJob
 from optim.engines.eager import ChannelsLastEngine
+from optim.engines.gemv import GemvEngine
 from optim.engines.inductor import TorchCompileEngine
 from optim.engines.ipex import IpexEngine, optimize
 from optim.engines.onednn import OneDnnEngine
@@ -24,6 +25,7 @@ _MAKERS: Mapping[str, Callable[[EngineJob], Engine]] = MappingProxyType(
         # Inductor without CUDA graphs; on a CPU the same as `inductor`.
         "inductor-default": lambda job: TorchCompileEngine(job, name="inductor-default", mode="default"),
         "inductor-onednn": OneDnnEngine,
+        "inductor-gemv": GemvEngine,
         "inductor-unfrozen": lambda job: TorchCompileEngine(job, name="inductor-unfrozen", freeze=False),
         "inductor-max-autotune": lambda job: TorchCompileEngine(job, name="inductor-max-autotune", mode="max-autotune"),
         "ipex": IpexEngine,
@@ -43,6 +45,7 @@ _CPU_ORDER = (
     "channels_last",
     "inductor",
     "inductor-onednn",
+    "inductor-gemv",
     "ipex-compile",
     "inductor-unfrozen",
     "inductor-max-autotune",
@@ -103,7 +106,8 @@ def _all_engines(job: EngineJob, *, on_cpu: bool) -> list[str]:
         name
         for name in (_CPU_ORDER if on_cpu else _GPU_ORDER)
         if (name not in needs or capabilities[needs[name]].available)
-        and (name not in ("inductor-onednn", "inductor-unfrozen") or job.config.compile.freeze)
+        and (name not in ("inductor-onednn", "inductor-unfrozen", "inductor-gemv") or job.config.compile.freeze)
+        and (name != "inductor-gemv" or job.phase == "decode")
     ]
     others = {entry.name for entry in importlib.metadata.entry_points(group="torch_dynamo_backends")}
     return [*names, *sorted(others - {*_MAKERS, "tensorrt", "torch_tensorrt"})]

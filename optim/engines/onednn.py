@@ -7,8 +7,6 @@ for each bucket, and torch's caches do not keep its code. oneDNN's packing depen
 
 from __future__ import annotations
 
-import copy
-import itertools
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakValueDictionary
@@ -18,11 +16,9 @@ from torch import nn
 
 from optim.engines.base import EngineJob, Unavailable
 from optim.engines.inductor import TorchCompileEngine
+from optim.engines.linear import replace_linear, require_linear
 
 _Place = tuple[int, torch.Size, tuple[int, ...]]
-
-#: Of a module's parameters those that must be linear layers' weights, for it to be worth an engine of its own.
-_LEAST_SHARE = 0.5
 
 
 @dataclass(eq=False)
@@ -56,17 +52,11 @@ class OneDnnEngine(TorchCompileEngine):
     def preflight(self) -> None:
         """Refuse modules for which it is not worth it, and precisions that oneDNN's packed products do not have."""
         super().preflight()
-        if self.job.info.device.type != "cpu":
-            raise Unavailable("linear layers are oneDNN's on a CPU only")
         if not torch.backends.mkldnn.is_available():
             raise Unavailable("this torch has no oneDNN")
         if self.job.autocast:
             raise Unavailable("under autocast `inductor` has oneDNN multiply anyway")
-        module = self.job.module
-        weights = {id(linear.weight): linear.weight.numel() for linear in _linear_layers(module).values()}
-        total = sum(parameter.numel() for parameter in module.parameters())
-        if sum(weights.values()) < _LEAST_SHARE * max(total, 1):
-            raise Unavailable("most of its parameters are not the weights of linear layers that oneDNN packs")
+        require_linear(self.job, _dtypes(), "oneDNN packs")
         _define_operator()
 
 
@@ -84,33 +74,14 @@ class _PackedLinear(nn.Module):
         return found
 
 
-def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """Return the layers that are packed, by name: nothing but linear layers, of dtypes that oneDNN multiplies here."""
-    dtypes = {torch.float32}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        dtypes.add(torch.bfloat16)
-    return {
-        name: found
-        for name, found in module.named_modules(remove_duplicate=False)
-        if type(found) is nn.Linear and found.weight.dtype in dtypes and not _is_changed(found)
-    }
-
-
-def _is_changed(linear: nn.Linear) -> bool:
-    """Return whether a layer may compute something else than its class does."""
-    return bool("forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks)
+def _dtypes() -> set[torch.dtype]:
+    """Return what oneDNN multiplies here."""
+    bfloat16 = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
+    return {torch.float32, *bfloat16}
 
 
 def _pack(job: EngineJob) -> nn.Module:
-    """Return a copy of the module whose linear layers are packed; parameters and buffers are the module's own."""
-    own = itertools.chain(job.module.parameters(), job.module.buffers())
-    copied = copy.deepcopy(job.module, {id(tensor): tensor for tensor in own})
-    for name, linear in _linear_layers(copied).items():
-        parent, _, child = name.rpartition(".")
-        if not child:
-            return _PackedLinear(linear)
-        setattr(copied.get_submodule(parent), child, _PackedLinear(linear))
-    return copied
+    return replace_linear(job.module, _dtypes(), _PackedLinear)
 
 
 def _pack_weight(weight: torch.Tensor) -> _Packed:
