@@ -73,7 +73,7 @@ def pack(folder: Path, job: EngineJob, reference: Reference, names: Sequence[str
 def unpack(folder: Path) -> Carried:
     """Read, in the child, what `pack` wrote: set the threads, register the backends, and run eager for its figures."""
     data = torch.load(folder / _FILE, weights_only=False, mmap=True, pickle_module=pickle)
-    if data["phase"] != "forward" and pages.why_not() is None and is_room_for((folder / _FILE).stat().st_size):
+    if pages.are_for(data["phase"]) and is_room_for((folder / _FILE).stat().st_size):
         # A file's pages cannot be moved into huge ones: engines would be timed on other memory than the server's.
         data = torch.load(folder / _FILE, weights_only=False, pickle_module=pickle)
     torch.set_num_threads(data["threads"])

@@ -79,11 +79,11 @@ def compile_model(
         reference = Reference(module, example, grid, where, state)
         job = EngineJob.of(module, config, reference, where, phase)
         report.device = job.info.to_dict()
+        report.padding = reference.rows_are_independent
+        report.seconds["eager"] = round(time.perf_counter() - started, 3)
         if job.wants_huge_pages:
             with clock(report, "pages"):
                 pages.collapse()  # eager is timed as well
-        report.padding = reference.rows_are_independent
-        report.seconds["eager"] = round(time.perf_counter() - started, 3)
         found = choose(job, reference, report, stream_count, shares, streams_must_pay=streams is None)
         report.notes += reference.notes  # now, since verification adds to them
     reference.state.clear()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optim import pages
 from optim.buckets import Bucket
 from optim.config import Pt2Config
 from optim.device import DeviceInfo, inspect_device
@@ -78,12 +79,8 @@ class EngineJob:
 
     @property
     def wants_huge_pages(self) -> bool:
-        """Whether its memory shall lie in huge pages: where calls do little but read the weights, on a CPU that can.
-
-        Models of other kinds gain too little for the time it takes (at batch sizes from 2 EfficientNet-Lite0 3 to 5 %
-        by OpenVINO, MiniLM nothing).
-        """
-        return self.phase != "forward" and self.info.capabilities["huge_pages"].available
+        """Whether its memory shall lie in huge pages."""
+        return self.info.device.type == "cpu" and pages.are_for(self.phase)
 
     @property
     def autocast(self) -> bool:

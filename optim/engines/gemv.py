@@ -23,7 +23,6 @@ class GemvEngine(TorchCompileEngine):
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job, name="inductor-gemv", freeze=False, prepare=_write_out)
-        self.keeps_state = True  # the copy's buffers are the module's own
 
     def preflight(self) -> None:
         """Refuse modules for which it is not worth it."""

@@ -35,7 +35,7 @@ class TorchCompileEngine(Engine):
     """Compiles with `torch.compile`; every bucket is a specialisation of one compiled function.
 
     `mode` and `freeze` replace the configuration's, for the variants that a race tries. `prepare` returns the module to
-    compile in the place of the job's own.
+    compile in the place of the job's own, with its parameters and buffers.
     """
 
     needs_dynamo = True
@@ -61,7 +61,7 @@ class TorchCompileEngine(Engine):
         self.reuses_outputs = self._on_cuda and (
             bool(self._options.get("triton.cudagraphs")) or backend == "cudagraphs"
         )
-        self.keeps_state = backend == "inductor" and prepare is None
+        self.keeps_state = backend == "inductor"
         self._run: Runner | None = None
         self._before = count_compilations()
         self._notes: list[str] = []

@@ -47,7 +47,6 @@ class OneDnnEngine(TorchCompileEngine):
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job, name="inductor-onednn", freeze=False, prepare=_pack)
-        self.keeps_state = True  # the copy's buffers are the module's own
 
     def preflight(self) -> None:
         """Refuse modules for which it is not worth it, and precisions that oneDNN's packed products do not have."""

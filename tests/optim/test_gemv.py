@@ -40,6 +40,21 @@ def test_one_row_is_its_own_and_more_are_not(dtype: torch.dtype) -> None:
     assert [type(layer) for layer in module.layers] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
+def test_no_product_is_left_to_a_library() -> None:
+    module, x = nn.Linear(512, 2048).eval(), torch.randn(1, 512)
+    products = {}
+    for backend in ("inductor-gemv", "inductor-unfrozen"):
+        config = {"compile": {"backend": backend, "only_if_faster": False}, "cache": {"enable": False}}
+        model = compile_model(
+            module, lambda rows, length: torch.randn(rows, 512), config, batch_sizes=[1], device="cpu"
+        )
+        assert model.report.engines() == {"1": backend}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            model(x)
+        products[backend] = [event.name for event in seen.events() or () if event.name in ("aten::mm", "aten::addmm")]
+    assert products == {"inductor-gemv": [], "inductor-unfrozen": ["aten::addmm"]}
+
+
 def test_a_weight_that_was_changed_is_seen() -> None:
     module = Mlp().eval()
     model = ask(module, [1])
