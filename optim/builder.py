@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from optim.buckets import Bucket
 from optim.engines import EagerEngine, EngineJob, make_engine
-from optim.engines.base import Engine, Runner
-from optim.errors import describe, is_device_error
+from optim.engines.base import Engine, Runner, save
 from optim.model import Lane
 from optim.plan import Plan
 from optim.reference import Reference
@@ -152,25 +150,12 @@ class Builder:
             if trial is None:
                 continue
             if trial.engine in used:
-                self._save(trial.engine)
+                if self._plan is None:
+                    save(trial.engine, self._report.notes)
                 trial.engine.finish()
             else:
                 trial.proven.clear()
                 trial.engine.close()
-
-    def _save(self, engine: Engine) -> None:
-        if self._job.kept is None or self._plan is not None:
-            return
-        folder = self._job.kept / engine.name
-        try:
-            engine.save(folder)
-        except Exception as error:  # a full disk, or a package that saves in another way now, is no reason not to serve
-            if is_device_error(error):
-                raise
-            why = "{}: {}".format(*describe(error, 300))
-            self._report.notes.append(f"{engine.name}: nothing is kept for the next start: {why}")
-            logger.warning(self._report.notes[-1])
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def serving(engine: Engine, run: Runner) -> Runner:

@@ -27,6 +27,7 @@ OWN_BACKENDS = (
     "inductor-default",
     "inductor-onednn",
     "inductor-gemv",
+    "aot-amx",
     "inductor-unfrozen",
     "inductor-max-autotune",
     "aot",
@@ -157,7 +158,8 @@ class Pt2Config:
     autocast: bool = False
     """Run compiled code under bf16 autocast where the device has bf16 (eager stays as it is). Default false."""
     matmul_precision: Literal["highest", "high", "medium"] | None = None
-    """Float32 products in compiled code: `high` allows TF32 (TorchServe's setting), `medium` bf16. Default none."""
+    """Float32 products in compiled code: `high` allows TF32 (TorchServe's setting), `medium` bf16, `highest` not even
+    the 16 bits of `aot-amx`. Default none of them."""
     fallback: Literal["eager", "fail"] = "eager"
     """After a compile failure: serve `eager` with the reason in the report, or `fail` to start. Default eager."""
     strict: bool = False

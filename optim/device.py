@@ -94,6 +94,7 @@ def inspect_device(device: torch.device) -> DeviceInfo:
         "onnxruntime": _find_onnxruntime(),
         "tensorrt": _find_distribution("torch-tensorrt"),
         "bfloat16": _find_bfloat16(device),
+        "amx": _find_amx(device),
         "huge_pages": _find_huge_pages(device),
     }
     return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
@@ -259,3 +260,15 @@ def _find_bfloat16(device: torch.device) -> Capability:
     flags = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx": torch.cpu._is_amx_tile_supported()}
     names = [name for name, there in flags.items() if there]
     return Capability(bool(names), ", ".join(names) or "this CPU has neither avx512_bf16 nor AMX")
+
+
+def _find_amx(device: torch.device) -> Capability:
+    if device.type != "cpu":
+        return Capability(False, f"AMX is of CPUs, and this device is {device}")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    supported = torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
+    if not supported or "amx_bf16" not in flags:
+        return Capability(False, "this CPU has no AMX with bfloat16")
+    if not torch.cpu._init_amx():
+        return Capability(False, "Linux does not permit this process to use AMX")
+    return Capability(True, "with bfloat16")

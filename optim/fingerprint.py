@@ -108,7 +108,8 @@ def _own_code(module: nn.Module) -> dict[str, str]:
         package = sys.modules.get(name)
         folders = [Path(folder) for folder in getattr(package, "__path__", ())]
         file = getattr(package, "__file__", None)
-        files = [path for folder in folders for path in sorted(folder.rglob("*.py"))] or ([Path(file)] if file else [])
+        sources = [path for folder in folders for kind in ("*.py", "*.cpp") for path in sorted(folder.rglob(kind))]
+        files = sources or ([Path(file)] if file else [])
         if not files:  # a notebook's classes
             classes = {type(m) for m in module.modules() if type(m).__module__.partition(".")[0] == name}
             found.update({f"{name}:{c.__qualname__}": _hash_class(c) for c in classes})

@@ -42,6 +42,7 @@ SIMPLICITY = (
     "inductor-gemv",
     "inductor-max-autotune",
     "aot",
+    "aot-amx",
     "onnxruntime",
     "openvino",
     "ipex",

@@ -16,7 +16,7 @@ import torch
 from optim.buckets import Bucket
 from optim.device import is_room_for, set_threads
 from optim.engines import EagerEngine, EngineJob, make_engine
-from optim.engines.base import Engine
+from optim.engines.base import Engine, save
 from optim.errors import ConfigError
 from optim.model import Lane
 from optim.plan import Plan
@@ -127,6 +127,8 @@ def _build(
                 trial.engine.close()
                 raise NoStreams(str(refusal))
             found[bucket] = Lane(trial.engine, trial.proven[bucket].run)
+        if is_thorough and trial.engine.keeps_by_threads:
+            save(trial.engine, notes)
         trial.engine.finish()
         notes += [f"on streams: {note}" for note in trial.notes()]
     return found

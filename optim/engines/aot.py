@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from optim.buckets import Bucket
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.errors import is_device_error
+from optim.shapes import Inputs
 from optim.tree import tensors_of
 from optim.verify import Mismatch
 
@@ -51,15 +53,14 @@ class AotEngine(Engine):
     def build(self) -> None:
         """Load the package given; else try one with a free batch dimension (never for lengths: each has its own)."""
         if self._given is not None:
-            self._shared = self._load(str(self._given))
+            self._shared = self._load(self._given)
             return
         if self.kept is not None:
             self._folder = self.kept
             shared = self.kept / _SHARED
-            self._shared = self._load(str(shared)) if shared.exists() else None
+            self._shared = self._load(shared) if shared.exists() else None
             return
-        self._folder = Path(tempfile.mkdtemp(prefix="pt2-aot-"))
-        self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        folder = self._make_folder()
         sizes = {bucket.batch_size for bucket in self.job.samples}
         if len(self.job.samples) == 1 or len({bucket.length for bucket in self.job.samples}) > 1:
             return
@@ -70,12 +71,13 @@ class AotEngine(Engine):
         sample = self.job.samples[max(self.job.samples)]
         try:
             dynamic = tuple({s.batch_dim: batch} for s in self.job.input_specs)
-            self._shared = self._package(sample, dynamic, self._folder / _SHARED)
+            self._package(self.job.module, sample, dynamic, folder / _SHARED)
+            self._shared = self._load(folder / _SHARED)
         except Exception as error:  # the module may specialise on its batch size; then every bucket gets its own
             if is_device_error(error):
                 raise
             self._shared = None
-            (self._folder / _SHARED).unlink(missing_ok=True)
+            (folder / _SHARED).unlink(missing_ok=True)
 
     def compile(self, bucket: Bucket) -> Runner:
         """Return the shared package, or build this bucket's own."""
@@ -83,15 +85,23 @@ class AotEngine(Engine):
             return self._shared
         assert self._folder is not None, "build() comes first"
         path = self._folder / f"{bucket}.pt2"
-        return self._load(str(path)) if path.exists() else self._package(self.job.samples[bucket], None, path)
+        if not path.exists():
+            self._package(self.job.module, self.job.samples[bucket], None, path)
+        return self._load(path)
 
-    def _package(self, sample: tuple[torch.Tensor, ...], dynamic: Any, path: Path) -> Runner:
-        flat = FlatModule(self.job.module, self.job).eval()
+    def _make_folder(self) -> Path:
+        self._folder = Path(tempfile.mkdtemp(prefix="pt2-aot-"))
+        self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder
+
+    def _package(self, module: nn.Module, sample: Inputs, dynamic: Any, path: Path) -> None:
+        """Compile a module into a package; `dynamic` has the free dimensions of each input, or is None."""
+        flat = FlatModule(module, self.job).eval()
         with torch.no_grad():
             exported = torch.export.export(
                 flat, sample, dynamic_shapes=None if dynamic is None else {"inputs": dynamic}
             )
-            return self._load(torch._inductor.aoti_compile_and_package(exported, package_path=str(path)))
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
 
     def save(self, folder: Path) -> None:
         """Leave the packages."""
@@ -99,16 +109,18 @@ class AotEngine(Engine):
             shutil.copytree(self._folder, folder)
 
     def finish(self) -> None:
-        """Remove the packages: loading unpacked them elsewhere."""
+        """Remove the files: what was loaded is elsewhere, or mapped."""
         self._clean_up()
 
-    def _load(self, path: str) -> Runner:
-        loaded = torch._inductor.aoti_load_package(path)
+    def _load(self, path: Path) -> Runner:
+        return self._runner(torch._inductor.aoti_load_package(str(path)))
+
+    def _runner(self, compiled: Callable[..., Any]) -> Runner:
         count, rebuild = len(self.job.output_dtypes), self.job.rebuild
 
         def run(*inputs: torch.Tensor) -> Any:
             # A package made of the module itself has its structure, one made here a flat one.
-            tensors = tensors_of(loaded(*inputs))
+            tensors = tensors_of(compiled(*inputs))
             if len(tensors) != count:
                 raise Mismatch(f"structure: {len(tensors)} tensors, eager gives {count}")
             return rebuild(tensors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,9 +17,12 @@ from optim import pages
 from optim.buckets import Bucket
 from optim.config import Pt2Config
 from optim.device import DeviceInfo, inspect_device
+from optim.errors import describe, is_device_error
 from optim.reference import Reference
 from optim.shapes import Inputs, TensorSpec
 from optim.tree import Rebuild, tensors_of
+
+logger = logging.getLogger(__name__)
 
 Runner = Callable[..., Any]
 
@@ -106,6 +111,8 @@ class Engine:
     guards_sizes = True
     #: What `compile` returns may be called by several threads at a time.
     takes_calls_at_once = False
+    #: What is saved serves as many threads as torch had when it was built; others are saved beside it.
+    keeps_by_threads = False
     #: The module's declared state is read and written where it lies.
     keeps_state = False
 
@@ -162,6 +169,22 @@ class Engine:
     def notes(self) -> list[str]:
         """Return what is worth knowing about the code once all buckets are done."""
         return []
+
+
+def save(engine: Engine, notes: list[str]) -> None:
+    """Have an engine save itself to its job's `kept` folder, if there is one; a note says so where it cannot."""
+    if engine.job.kept is None:
+        return
+    folder = engine.job.kept / engine.name
+    try:
+        engine.save(folder)
+    except Exception as error:  # a full disk, or a package that saves in another way now, is no reason not to serve
+        if is_device_error(error):
+            raise
+        why = "{}: {}".format(*describe(error, 300))
+        notes.append(f"{engine.name}: nothing is kept for the next start: {why}")
+        logger.warning(notes[-1])
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class FlatModule(nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from optim.engines.amx import AmxEngine
 from optim.engines.aot import AotEngine
 from optim.engines.base import Engine, EngineJob
 from optim.engines.eager import ChannelsLastEngine
@@ -22,6 +23,7 @@ _MAKERS: Mapping[str, Callable[[EngineJob], Engine]] = MappingProxyType(
         "aot": AotEngine,
         "channels_last": ChannelsLastEngine,
         "inductor": TorchCompileEngine,
+        "aot-amx": AmxEngine,
         # Inductor without CUDA graphs; on a CPU the same as `inductor`.
         "inductor-default": lambda job: TorchCompileEngine(job, name="inductor-default", mode="default"),
         "inductor-onednn": OneDnnEngine,
@@ -40,6 +42,7 @@ _MAKERS: Mapping[str, Callable[[EngineJob], Engine]] = MappingProxyType(
 #: Best prospects first: what converts in seconds and was fastest on most models, then what compiles for long.
 _CPU_ORDER = (
     "openvino",
+    "aot-amx",
     "onnxruntime",
     "ipex",
     "channels_last",
@@ -50,6 +53,11 @@ _CPU_ORDER = (
     "inductor-unfrozen",
     "inductor-max-autotune",
 )
+#: Tried where the weights may be taken for constants: frozen, or in a layout of the engine's own.
+_OF_OTHER_WEIGHTS = ("inductor-onednn", "inductor-unfrozen", "inductor-gemv", "aot-amx")
+#: Tried in one phase alone. Generation stays with float32's own products: the likeliest tokens can be next to equal.
+_FOR_PHASE = MappingProxyType({"inductor-gemv": "decode", "aot-amx": "forward"})
+_NEEDS = MappingProxyType({"ipex-compile": "ipex", "aot-amx": "amx"})
 _GPU_ORDER = ("inductor", "inductor-default", "tensorrt", "inductor-max-autotune")
 
 
@@ -100,14 +108,14 @@ def choose_engines(job: EngineJob) -> Choice:
 
 def _all_engines(job: EngineJob, *, on_cpu: bool) -> list[str]:
     # What is not installed is no candidate; what is installed and cannot be used is one that is refused.
-    needs = {**{name: name for name in ("openvino", "onnxruntime", "ipex", "tensorrt")}, "ipex-compile": "ipex"}
+    needs = {**{name: name for name in ("openvino", "onnxruntime", "ipex", "tensorrt")}, **_NEEDS}
     capabilities = job.info.capabilities
     names = [
         name
         for name in (_CPU_ORDER if on_cpu else _GPU_ORDER)
         if (name not in needs or capabilities[needs[name]].available)
-        and (name not in ("inductor-onednn", "inductor-unfrozen", "inductor-gemv") or job.config.compile.freeze)
-        and (name != "inductor-gemv" or job.phase == "decode")
+        and (name not in _OF_OTHER_WEIGHTS or job.config.compile.freeze)
+        and (name not in _FOR_PHASE or job.phase == _FOR_PHASE[name])
     ]
     others = {entry.name for entry in importlib.metadata.entry_points(group="torch_dynamo_backends")}
     return [*names, *sorted(others - {*_MAKERS, "tensorrt", "torch_tensorrt"})]

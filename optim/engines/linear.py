@@ -11,7 +11,8 @@ from torch import nn
 
 from optim.engines.base import EngineJob, Unavailable
 
-#: Of a module's parameters those that must be linear layers' weights, for it to be worth an engine of its own.
+#: Of a module's parameters, without tables that are only looked up in, the share that must be linear layers' weights
+#: for it to be worth an engine of its own.
 _LEAST_SHARE = 0.5
 
 
@@ -20,7 +21,8 @@ def require_linear(job: EngineJob, dtypes: Collection[torch.dtype], what: str) -
     if job.info.device.type != "cpu":
         raise Unavailable("its linear layers are made for a CPU only")
     weights = {id(linear.weight): linear.weight.numel() for linear in _layers(job.module, dtypes).values()}
-    total = sum(parameter.numel() for parameter in job.module.parameters())
+    tables = {id(found.weight) for found in job.module.modules() if isinstance(found, nn.Embedding)} - {*weights}
+    total = sum(parameter.numel() for parameter in job.module.parameters() if id(parameter) not in tables)
     if sum(weights.values()) < _LEAST_SHARE * max(total, 1):
         raise Unavailable(f"most of its parameters are not the weights of linear layers that {what}")
 

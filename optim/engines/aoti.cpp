@@ -1,0 +1,63 @@
+// Calls of what AOTInductor made that leave Python's lock to others (optim/engines/aoti.py): torch's own binding holds it
+// for as long as a run takes.
+
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
+
+#include <exception>
+#include <memory>
+#include <vector>
+
+namespace {
+
+using Model = torch::inductor::AOTIModelContainerRunnerCpu;
+
+struct Unlocked {
+  PyThreadState* state = PyEval_SaveThread();
+  ~Unlocked() { PyEval_RestoreThread(state); }
+};
+
+template <typename Result, typename Call>
+Result guarded(Result failed, Call call) {
+  try {
+    return call();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  } catch (...) {
+    PyErr_SetString(PyExc_RuntimeError, "the model failed in a way that C++ does not know");
+  }
+  return failed;
+}
+
+}  // namespace
+
+extern "C" void* load(const char* path, int64_t calls) {
+  return guarded<void*>(nullptr, [&]() -> void* {
+    Unlocked unlocked;
+    return new Model(path, calls);
+  });
+}
+
+extern "C" void unload(void* model) {
+  Unlocked unlocked;
+  delete static_cast<Model*>(model);
+}
+
+// A tuple of tensors -> a list of tensors.
+extern "C" PyObject* run(void* model, PyObject* inputs) {
+  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
+    std::vector<at::Tensor> tensors;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(inputs); i++) {
+      PyObject* input = PyTuple_GET_ITEM(inputs, i);
+      if (!THPVariable_Check(input)) throw std::runtime_error("an input is no tensor");
+      tensors.push_back(THPVariable_Unpack(input));
+    }
+    {
+      Unlocked unlocked;
+      tensors = static_cast<Model*>(model)->boxed_run(std::move(tensors));
+    }
+    PyObject* found = PyList_New(tensors.size());
+    for (size_t i = 0; found && i < tensors.size(); i++) PyList_SET_ITEM(found, i, THPVariable_Wrap(tensors[i]));
+    return found;
+  });
+}
