@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--servers", nargs="+", help="only those whose name holds one of these words")
-    parser.add_argument("--budget-s", type=float, default=30.0)
+    parser.add_argument("--budget-s", type=float, default=60.0)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the rates")
     options = parser.parse_args()
     if options.capacity not in options.clients:
