@@ -60,8 +60,7 @@ class AmxEngine(AotEngine):
         """Refuse CPUs without the instructions, modules for which it is not worth it, and other precisions."""
         job = self.job
         require(job.info, "amx")
-        if isinstance(job.module, torch.jit.ScriptModule):
-            raise Unavailable("the module is TorchScript, which torch.export does not take")
+        super().preflight()
         if job.config.matmul_precision == "highest":
             raise Unavailable("its products have 16 bits, and matmul_precision is highest")
         if job.autocast:
@@ -70,8 +69,6 @@ class AmxEngine(AotEngine):
         size = sum(layer.weight.numel() for layer in job.module.modules() if isinstance(layer, nn.Linear))
         if size < _LEAST_WEIGHTS:
             raise Unavailable(f"its linear layers have {size} weights, and below {_LEAST_WEIGHTS} little is to be won")
-        if self.kept is None:
-            require(job.info, "cxx", "python_headers")
 
     def build(self) -> None:
         """Load what was kept for as many threads, else export the module with all sizes free that buckets differ in."""

@@ -5,7 +5,7 @@
 #include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
 
 #include <exception>
-#include <memory>
+#include <stdexcept>
 #include <vector>
 
 namespace {

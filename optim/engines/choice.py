@@ -57,7 +57,17 @@ _CPU_ORDER = (
 _OF_OTHER_WEIGHTS = ("inductor-onednn", "inductor-unfrozen", "inductor-gemv", "aot-amx")
 #: Tried in one phase alone. Generation stays with float32's own products: the likeliest tokens can be next to equal.
 _FOR_PHASE = MappingProxyType({"inductor-gemv": "decode", "aot-amx": "forward"})
-_NEEDS = MappingProxyType({"ipex-compile": "ipex", "aot-amx": "amx"})
+#: What is not installed, or not in the processor, is no candidate; what is there and cannot be used is refused.
+_NEEDS = MappingProxyType(
+    {
+        "openvino": "openvino",
+        "onnxruntime": "onnxruntime",
+        "ipex": "ipex",
+        "ipex-compile": "ipex",
+        "aot-amx": "amx",
+        "tensorrt": "tensorrt",
+    }
+)
 _GPU_ORDER = ("inductor", "inductor-default", "tensorrt", "inductor-max-autotune")
 
 
@@ -107,13 +117,11 @@ def choose_engines(job: EngineJob) -> Choice:
 
 
 def _all_engines(job: EngineJob, *, on_cpu: bool) -> list[str]:
-    # What is not installed is no candidate; what is installed and cannot be used is one that is refused.
-    needs = {**{name: name for name in ("openvino", "onnxruntime", "ipex", "tensorrt")}, **_NEEDS}
     capabilities = job.info.capabilities
     names = [
         name
         for name in (_CPU_ORDER if on_cpu else _GPU_ORDER)
-        if (name not in needs or capabilities[needs[name]].available)
+        if (name not in _NEEDS or capabilities[_NEEDS[name]].available)
         and (name not in _OF_OTHER_WEIGHTS or job.config.compile.freeze)
         and (name not in _FOR_PHASE or job.phase == _FOR_PHASE[name])
     ]
