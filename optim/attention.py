@@ -6,6 +6,7 @@ so it is for decode only, and eager never gets it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -46,15 +47,46 @@ def attention(config: Pt2Config, phase: str) -> AbstractContextManager[Any]:
     return nullcontext() if kernel is None else sdpa_kernel([_KERNELS[kernel]])
 
 
+class _Precision:
+    """torch's precision of float32 matrix products, which all threads of a process share.
+
+    The runs of two streams begin and end in any order: what was there before comes back when the last one ends. Models
+    of different precisions that run at the same time get the one that was asked for last.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._askers = 0
+        self._before = ""
+
+    def ask_for(self, precision: str) -> None:
+        with self._lock:
+            if not self._askers:
+                self._before = torch.get_float32_matmul_precision()
+            self._askers += 1
+            torch.set_float32_matmul_precision(precision)
+
+    def give_back(self) -> None:
+        with self._lock:
+            self._askers -= 1
+            if not self._askers:
+                torch.set_float32_matmul_precision(self._before)
+
+
+_precision = _Precision()
+
+
 @contextmanager
 def matmul_precision(config: Pt2Config) -> Iterator[None]:
     """Let float32 matrix products use TF32 or bf16 inside, as configured, and as before outside."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(config.matmul_precision or before)
+    if config.matmul_precision is None:
+        yield
+        return
+    _precision.ask_for(config.matmul_precision)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _precision.give_back()
 
 
 def with_precision(config: Pt2Config, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from optim.buckets import Bucket
 from optim.engines import EagerEngine, EngineJob, make_engine
-from optim.engines.base import Engine, Runner, save
+from optim.engines.base import Engine, Runner, keep
 from optim.model import Lane
 from optim.plan import Plan
 from optim.reference import Reference
@@ -151,7 +151,7 @@ class Builder:
                 continue
             if trial.engine in used:
                 if self._plan is None:
-                    save(trial.engine, self._report.notes)
+                    keep(trial.engine, self._report.notes)
                 trial.engine.finish()
             else:
                 trial.proven.clear()

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -190,12 +191,21 @@ def _no_cuda() -> str:
 
 
 def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return next(iter(cpuinfo().get("model name", ())), "") or platform.processor() or platform.machine()
+
+
+@cache
+def cpuinfo() -> Mapping[str, tuple[str, ...]]:
+    """Return what Linux says of the CPUs, by its key: the values that differ; nothing where it does not tell."""
+    found: dict[str, dict[str, None]] = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), {})[value.strip()] = None
+    return {key: tuple(values) for key, values in found.items()}
 
 
 def _find_compiler() -> Capability:
@@ -265,9 +275,8 @@ def _find_bfloat16(device: torch.device) -> Capability:
 def _find_amx(device: torch.device) -> Capability:
     if device.type != "cpu":
         return Capability(False, f"AMX is of CPUs, and this device is {device}")
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     supported = torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
-    if not supported or "amx_bf16" not in flags:
+    if not supported or "amx_bf16" not in " ".join(cpuinfo().get("flags", ())).split():
         return Capability(False, "this CPU has no AMX with bfloat16")
     if not torch.cpu._init_amx():
         return Capability(False, "Linux does not permit this process to use AMX")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optim.device import cpuinfo
 from optim.engines.base import EngineJob
 
 
@@ -73,12 +74,8 @@ def hash_weights(module: nn.Module, state: Sequence[str] = ()) -> str:
 @functools.cache
 def _instructions() -> str | None:
     """Return the hash of what the CPU can do, by Linux; None where it does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    said = {line for line in lines if line.split(":")[0].strip() in ("flags", "Features")}
-    return hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()[:32]
+    said = [*cpuinfo().get("flags", ()), *cpuinfo().get("Features", ())]
+    return hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()[:32] if said else None
 
 
 @functools.cache

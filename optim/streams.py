@@ -16,7 +16,7 @@ import torch
 from optim.buckets import Bucket
 from optim.device import is_room_for, set_threads
 from optim.engines import EagerEngine, EngineJob, make_engine
-from optim.engines.base import Engine, save
+from optim.engines.base import Engine, keep
 from optim.errors import ConfigError
 from optim.model import Lane
 from optim.plan import Plan
@@ -79,7 +79,7 @@ def build_streams(
     alone = [name for name, engine in compiled.items() if not engine.takes_calls_at_once]
     if alone:
         raise NoStreams(f"code of {alone[0]} takes one call at a time")
-    number = len({lane.engine.name if lane.engine.takes_any_size else b for b, lane in lanes.items()})
+    number = len({lane.engine.name if _is_one(lane.engine) else bucket for bucket, lane in lanes.items()})
     if not is_room_for(job.weight_bytes * number):
         copies = f"{number} more copies of {job.weight_bytes >> 20} MiB"
         raise NoStreams(f"{copies} might not leave half of the free memory")
@@ -88,8 +88,33 @@ def build_streams(
         # With a plan, the whole of what is built was held against eager more than once, on other threads.
         several = replace(job, streams=count)
         built = _build(several, reference, lanes, compiled, limit_s, report.notes, is_thorough=plan is None)
+    engines = {lane.engine for lane in built.values()}
     if plan is not None:
-        return Streams(count, threads, built, {bucket: row["stream_ms"] for bucket, row in plan.rows.items()})
+        costs = {bucket: row["stream_ms"] for bucket, row in plan.rows.items()}
+    else:
+        costs = _measure(job, report, lanes, built, count, threads)
+        best = max(row.stream_gain or 0.0 for row in report.buckets)
+        if must_pay and best < WORTH_IT:
+            for engine in engines:
+                engine.close()
+            raise NoStreams(f"{count} runs at a time do no more than {best:.2f} times the work of one after the other")
+        for engine in engines:
+            if engine.keeps_by_threads:
+                keep(engine, report.notes)
+    for engine in engines:
+        engine.finish()
+    return Streams(count, threads, built, costs)
+
+
+def _measure(
+    job: EngineJob,
+    report: CompileReport,
+    lanes: Mapping[Bucket, Lane],
+    built: Mapping[Bucket, Lane],
+    count: int,
+    threads: int,
+) -> dict[Bucket, float]:
+    """Return the ms of a run of each bucket while all streams run, and write them into the report's rows."""
     costs: dict[Bucket, float] = {}
     for bucket, lane in sorted(built.items()):
         whole, beside = time_streams(lanes[bucket].run, lane.run, job.samples[bucket], count, threads)
@@ -97,10 +122,7 @@ def build_streams(
         # On the scale of the row's own figure, so that the drift of the machine since then cancels.
         costs[bucket] = (row.ms or whole) * beside / whole
         row.stream_ms, row.stream_gain = round(costs[bucket], 3), round(count * whole / beside, 3)
-    best = max(row.stream_gain or 0.0 for row in report.buckets)
-    if must_pay and best < WORTH_IT:
-        raise NoStreams(f"{count} runs at a time do no more than {best:.2f} times the work of one after the other")
-    return Streams(count, threads, built, costs)
+    return costs
 
 
 def _build(
@@ -127,11 +149,12 @@ def _build(
                 trial.engine.close()
                 raise NoStreams(str(refusal))
             found[bucket] = Lane(trial.engine, trial.proven[bucket].run)
-        if is_thorough and trial.engine.keeps_by_threads:
-            save(trial.engine, notes)
-        trial.engine.finish()
         notes += [f"on streams: {note}" for note in trial.notes()]
     return found
+
+
+def _is_one(engine: Engine) -> bool:
+    return engine.takes_any_size or engine.holds_weights_once
 
 
 @contextmanager

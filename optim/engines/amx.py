@@ -48,6 +48,7 @@ class AmxEngine(AotEngine):
     guards_sizes = False
     takes_calls_at_once = True
     keeps_by_threads = True
+    holds_weights_once = True
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)

@@ -113,6 +113,8 @@ class Engine:
     takes_calls_at_once = False
     #: What is saved serves as many threads as torch had when it was built; others are saved beside it.
     keeps_by_threads = False
+    #: The weights are in memory once, however many buckets there are.
+    holds_weights_once = False
     #: The module's declared state is read and written where it lies.
     keeps_state = False
 
@@ -171,11 +173,12 @@ class Engine:
         return []
 
 
-def save(engine: Engine, notes: list[str]) -> None:
+def keep(engine: Engine, notes: list[str]) -> None:
     """Have an engine save itself to its job's `kept` folder, if there is one; a note says so where it cannot."""
     if engine.job.kept is None:
         return
     folder = engine.job.kept / engine.name
+    before = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         engine.save(folder)
     except Exception as error:  # a full disk, or a package that saves in another way now, is no reason not to serve
@@ -184,7 +187,11 @@ def save(engine: Engine, notes: list[str]) -> None:
         why = "{}: {}".format(*describe(error, 300))
         notes.append(f"{engine.name}: nothing is kept for the next start: {why}")
         logger.warning(notes[-1])
-        shutil.rmtree(folder, ignore_errors=True)
+        if before:  # for other numbers of threads, and whole
+            for path in set(folder.iterdir()) - before:
+                path.unlink()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class FlatModule(nn.Module):

@@ -180,6 +180,46 @@ def test_calls_at_the_same_time_and_a_start_from_what_was_kept(tmp_path: Path, m
 
 
 @needs_amx
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("full", [False, True])
+def test_what_streams_do_not_use_is_not_kept_and_leaves_the_rest(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, rooms = amx.AmxEngine.save, []
+
+    def save_half(engine: amx.AmxEngine, folder: Path) -> None:
+        save(engine, folder)
+        if engine.job.streams > 1:
+            raise OSError("no space left on device")
+
+    def has_room(size: int) -> bool:
+        rooms.append(size)
+        return True
+
+    monkeypatch.setattr("optim.streams.is_room_for", has_room)
+    monkeypatch.setattr("optim.streams.time_streams", lambda *args: (1.0, 1.0 if full else 2.5))
+    if full:
+        monkeypatch.setattr(amx.AmxEngine, "save", save_half)
+    module = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 8)).eval()
+    model = compile_model(
+        module,
+        lambda rows, length: torch.randn(rows, 512),
+        {"compile": {"backend": "aot-amx", "only_if_faster": False}, "cache": {"folder": str(tmp_path)}},
+        batch_sizes=[1, 4],
+        device="cpu",
+        streams=2 if full else None,
+    )
+    assert set(model.report.engines().values()) == {"aot-amx"}, model.report.all_refusals()
+    assert (model.streams is not None) == full
+    told = "aot-amx: nothing is kept for the next start: OSError" if full else "one run at a time: 2 runs at a time do"
+    assert told in " ".join(model.report.notes)
+    assert rooms == [sum(p.nbytes for p in module.parameters())], "one library for both buckets"
+    assert model.report.cache is not None
+    kept = {path.name for path in (Path(model.report.cache) / "aot-amx").iterdir()}
+    assert kept == {"threads-2.so", "threads-2.json", "amx.so", "aoti.so"}
+
+
+@needs_amx
 def test_a_module_that_casts_by_itself_is_refused_and_served_eager() -> None:
     class Casting(Encoder):
         def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

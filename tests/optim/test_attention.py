@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from optim import ConfigError, compile_model
+from optim.attention import matmul_precision
+from optim.config import Pt2Config
 from tests.support import models
 
 #: What was allowed while something was compiled, and when its code ran: (flash, math, matmul precision).
@@ -89,6 +91,18 @@ def test_matmul_precision_is_for_compiled_code_alone_and_the_same_when_serving()
     model(*models.features(2))
     assert [precision for _, _, precision in seen["run"]] == ["high"]
     assert model.report.after_ready.refused_compilations == 0
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_precision_comes_back_when_the_last_of_several_calls_ends() -> None:
+    configs = [Pt2Config.parse({"matmul_precision": precision}) for precision in ("high", "medium")]
+    first, second = map(matmul_precision, configs)
+    with first:
+        assert torch.get_float32_matmul_precision() == "high"
+        second.__enter__()
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == "medium", "the second still runs"
+    second.__exit__(None, None, None)
     assert torch.get_float32_matmul_precision() == "highest"
 
 
