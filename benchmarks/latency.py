@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--budget-s", type=float, default=30.0)
+    parser.add_argument("--budget-s", type=float, default=60.0)
     parser.add_argument(
         "--against",
         nargs="+",

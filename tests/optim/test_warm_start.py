@@ -298,9 +298,10 @@ print(model.report.start, *engines, len(compiled), counters["inductor"]["fxgraph
 """
 
     def start(machine: str, *others: str) -> list[str]:
-        (tmp_path / machine).mkdir()
-        # Precompiled headers lie in the default folder, whatever Inductor's own is.
-        folders = {"TMPDIR": str(tmp_path / machine), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / machine / "inductor")}
+        folders = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / machine / "inductor")}
+        if machine == "other":  # precompiled headers lie in the default folder, whatever Inductor's own is
+            (tmp_path / machine).mkdir()
+            folders["TMPDIR"] = str(tmp_path / machine)
         command = [sys.executable, "-c", code, backend, model, str(tmp_path / "plans"), *others]
         root = Path(__file__).parents[2]
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, **folders})
