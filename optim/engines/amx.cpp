@@ -20,9 +20,6 @@ namespace {
 
 constexpr int64_t kTile = 1024, kBlock = 2 * kTile;
 constexpr int64_t kEdge = 16, kDepth = 32;
-// What comes before a packed weight. AOTInductor holds its constants in one piece of memory that malloc maps, 16 bytes after
-// the beginning of a page: so tiles begin where lines of the cache do.
-constexpr int64_t kLead = 48;
 // Of so many rows at a time the parts are kept: they and a panel of the weight shall fit into the second cache.
 constexpr int64_t kRows = 128;
 
@@ -133,7 +130,7 @@ void multiply_block(const char* x, int64_t x_next, const char* w, int64_t w_next
 
 // The bytes that `pack` fills for a weight [columns, depth].
 extern "C" int64_t packed_size(int64_t columns, int64_t depth) {
-  return kLead + blocks(columns, kEdge) * blocks(depth, kDepth) * kBlock;
+  return blocks(columns, kEdge) * blocks(depth, kDepth) * kBlock;
 }
 
 // Lay out a weight [columns, depth]; `out` is zeros.
@@ -144,7 +141,7 @@ extern "C" void pack(const float* weight, int64_t columns, int64_t depth, char* 
     for (int64_t step = 0; step < steps; step++) {
       const float* from = weight + column * depth + step * kDepth;
       split_row(from, depth - step * kDepth, (char*)parts[0], (char*)parts[1]);
-      auto block = (uint16_t*)(out + kLead + (column / kEdge * steps + step) * kBlock);
+      auto block = (uint16_t*)(out + (column / kEdge * steps + step) * kBlock);
       for (int part = 0; part < 2; part++)
         for (int64_t k = 0; k < kDepth; k++)
           block[part * (kTile / 2) + k / 2 * kDepth + column % kEdge * 2 + k % 2] = parts[part][k];
@@ -265,7 +262,7 @@ extern "C" void split_linear(uint64_t* stack, uint64_t, uint64_t) {
   check(torch.get_dim(bias.handle, &dims_of_bias));
   check(torch.get_sizes(bias.handle, &size_of_bias));
   const float* shift = dims_of_bias == 1 && size_of_bias[0] == columns ? bias.data<float>() : nullptr;
-  multiply(x.data<float>(), rows, packed.data<char>() + kLead, shift, result.data<float>(), columns, depth,
+  multiply(x.data<float>(), rows, packed.data<char>(), shift, result.data<float>(), columns, depth,
            static_cast<int>(stack[4]));
   stack[0] = reinterpret_cast<uint64_t>(result.release());
 }

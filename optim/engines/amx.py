@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from optim.engines import native
 from optim.engines.aot import AotEngine
-from optim.engines.aoti import AotModel, unpack
-from optim.engines.base import EngineJob, Unavailable, require
+from optim.engines.aoti import WITH_CONSTANTS, AotModel, unpack
+from optim.engines.base import EngineJob, FlatModule, Unavailable, require
 from optim.engines.linear import replace_linear, require_linear
 
 _NAME, _FILE = "amx", "amx.so"
@@ -56,6 +57,7 @@ class AmxEngine(AotEngine):
         self._file = f"threads-{torch.get_num_threads()}.so"
         self._path: Path | None = None
         self._model: AotModel | None = None
+        self._module: nn.Module | None = None
 
     def preflight(self) -> None:
         """Refuse CPUs without the instructions, modules for which it is not worth it, and other precisions."""
@@ -74,15 +76,18 @@ class AmxEngine(AotEngine):
     def build(self) -> None:
         """Load what was kept for as many threads, else export the module with all sizes free that buckets differ in."""
         _define_operator(self.kept)
+        self._module = module = replace_linear(self.job.module, _DTYPES, _SplitLinear)
         if self.kept is not None and (self.kept / self._file).is_file():
             self._path = self.kept / self._file
         else:
             self._path = self._make_folder() / self._file
-            self._export(self._path)
-        self._model = AotModel(self._path, self.job.streams, self.kept)
+            self._compile(module, self._path)
+        self._model = AotModel(self._path, self.job.streams, _values(module, self.job), self.kept)
         self._shared = self._runner(self._model)
 
-    def _export(self, path: Path) -> None:
+    def _compile(self, module: nn.Module, path: Path) -> None:
+        import torch._inductor.config as inductor_config
+
         buckets = self.job.samples
         named = {"rows": {bucket.batch_size for bucket in buckets}, "length": {bucket.length for bucket in buckets}}
         free = {name: torch.export.Dim(name, min=1, max=max(sizes)) for name, sizes in named.items() if len(sizes) > 1}
@@ -94,24 +99,30 @@ class AmxEngine(AotEngine):
             dynamic.append(sizes)
         # Export takes a 1 for a constant, and two sizes that are equal for one.
         example = max(buckets, key=lambda b: (min(b.batch_size, b.length) > 1, b.batch_size != b.length, b.tokens))
-        module = replace_linear(self.job.module, _DTYPES, _SplitLinear)
         package = path.with_suffix(".pt2")
-        self._package(module, buckets[example], tuple(dynamic), package)
+        exported = self._export(module, buckets[example], tuple(dynamic))
+        # Weights that are in the library too are in memory twice more: with its file, and where it copies them to. They
+        # have to be where the code has constants besides the module's, whose values nothing else keeps.
+        has_more = not exported.constants.keys() <= _values(module, self.job).keys()
+        with inductor_config.patch({"aot_inductor.package_constants_in_so": has_more}):
+            self._package(exported, package)
         unpack(package, path)
         package.unlink()
+        if has_more:
+            path.with_suffix(WITH_CONSTANTS).touch()
 
     def save(self, folder: Path) -> None:
         """Leave the library, those that it is called by and calls, and what is there for other threads."""
         assert self._path is not None and self._model is not None, "build() comes first"
         folder.mkdir(exist_ok=True)
-        for path in (self._path, self._path.with_suffix(".json")):
+        for path in self._path.parent.glob(f"{self._path.stem}.*"):
             shutil.copyfile(path, folder / path.name)
         _kernel(self.kept).keep(folder / _FILE)
         self._model.keep(folder)
 
     def close(self) -> None:
         """Let go of the library."""
-        self._model = None
+        self._model = self._module = None
         super().close()
 
 
@@ -121,7 +132,7 @@ class _SplitLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("packed", _pack(linear.weight.detach()))
+        self.register_buffer("packed", _pack(linear.weight))
         self.register_buffer("bias", torch.empty(0) if linear.bias is None else linear.bias.detach().contiguous())
         self._threads = torch.get_num_threads()
         self._replaced = [linear]  # in a list it is no part of this module
@@ -138,10 +149,26 @@ class _SplitLinear(nn.Module):
         return found
 
 
+def _values(module: nn.Module, job: EngineJob) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers by the names that they have where a module is exported."""
+    flat = FlatModule(module, job)
+    found = [*flat.named_parameters(remove_duplicate=False), *flat.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach() for name, tensor in found}
+
+
+#: By weight, what was packed of it and is in use (and at which version): streams run on the same.
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def _pack(weight: torch.Tensor) -> torch.Tensor:
-    functions, weight = _kernel().functions, weight.contiguous()
-    packed = torch.zeros(functions.packed_size(*weight.shape), dtype=torch.uint8)
-    functions.pack(weight.data_ptr(), *weight.shape, packed.data_ptr())
+    version = None if weight.is_inference() else weight._version
+    known, found = _packed.get(weight, (version, lambda: None))
+    packed: torch.Tensor | None = found()
+    if packed is None or known != version:
+        functions, plain = _kernel().functions, weight.detach().contiguous()
+        packed = torch.zeros(functions.packed_size(*plain.shape), dtype=torch.uint8)
+        functions.pack(plain.data_ptr(), *plain.shape, packed.data_ptr())
+        _packed[weight] = version, TensorWeakRef(packed)
     return packed
 
 

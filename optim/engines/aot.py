@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from optim.buckets import Bucket
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
@@ -71,7 +72,7 @@ class AotEngine(Engine):
         sample = self.job.samples[max(self.job.samples)]
         try:
             dynamic = tuple({s.batch_dim: batch} for s in self.job.input_specs)
-            self._package(self.job.module, sample, dynamic, folder / _SHARED)
+            self._package(self._export(self.job.module, sample, dynamic), folder / _SHARED)
             self._shared = self._load(folder / _SHARED)
         except Exception as error:  # the module may specialise on its batch size; then every bucket gets its own
             if is_device_error(error):
@@ -86,7 +87,7 @@ class AotEngine(Engine):
         assert self._folder is not None, "build() comes first"
         path = self._folder / f"{bucket}.pt2"
         if not path.exists():
-            self._package(self.job.module, self.job.samples[bucket], None, path)
+            self._package(self._export(self.job.module, self.job.samples[bucket], None), path)
         return self._load(path)
 
     def _make_folder(self) -> Path:
@@ -94,13 +95,14 @@ class AotEngine(Engine):
         self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder
 
-    def _package(self, module: nn.Module, sample: Inputs, dynamic: Any, path: Path) -> None:
-        """Compile a module into a package; `dynamic` has the free dimensions of each input, or is None."""
+    def _export(self, module: nn.Module, sample: Inputs, dynamic: Any) -> ExportedProgram:
+        """Trace a module with its outputs flat; `dynamic` has the free dimensions of each input, or is None."""
         flat = FlatModule(module, self.job).eval()
         with torch.no_grad():
-            exported = torch.export.export(
-                flat, sample, dynamic_shapes=None if dynamic is None else {"inputs": dynamic}
-            )
+            return torch.export.export(flat, sample, dynamic_shapes=None if dynamic is None else {"inputs": dynamic})
+
+    def _package(self, exported: ExportedProgram, path: Path) -> None:
+        with torch.no_grad():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
 
     def save(self, folder: Path) -> None:

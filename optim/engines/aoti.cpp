@@ -5,12 +5,19 @@
 #include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
 
 #include <exception>
+#include <memory>
 #include <stdexcept>
+#include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace {
 
-using Model = torch::inductor::AOTIModelContainerRunnerCpu;
+struct Model {
+  // The runner has their addresses.
+  std::unordered_map<std::string, at::Tensor> constants;
+  std::unique_ptr<torch::inductor::AOTIModelContainerRunnerCpu> runner;
+};
 
 struct Unlocked {
   PyThreadState* state = PyEval_SaveThread();
@@ -31,10 +38,24 @@ Result guarded(Result failed, Call call) {
 
 }  // namespace
 
-extern "C" void* load(const char* path, int64_t calls) {
+// `values` is a dictionary of tensors; the library has its own of others, or it must have none.
+extern "C" void* load(const char* path, int64_t calls, PyObject* values, bool has_others) {
   return guarded<void*>(nullptr, [&]() -> void* {
-    Unlocked unlocked;
-    return new Model(path, calls);
+    auto model = std::make_unique<Model>();
+    {
+      Unlocked unlocked;
+      model->runner = std::make_unique<torch::inductor::AOTIModelContainerRunnerCpu>(path, calls);
+    }
+    for (const auto& [name, full_name] : model->runner->getConstantNamesToOriginalFQNs()) {
+      PyObject* value = PyDict_GetItemString(values, full_name.c_str());
+      if (value && THPVariable_Check(value))
+        model->constants.emplace(name, THPVariable_Unpack(value));
+      else if (!has_others)
+        throw std::runtime_error("its constant " + full_name + " has no value");
+    }
+    model->runner->update_constant_buffer(
+        model->constants, /* use_inactive = */ false, /* validate_full_updates = */ false, /* user_managed = */ true);
+    return model.release();
   });
 }
 
@@ -54,7 +75,7 @@ extern "C" PyObject* run(void* model, PyObject* inputs) {
     }
     {
       Unlocked unlocked;
-      tensors = static_cast<Model*>(model)->boxed_run(std::move(tensors));
+      tensors = static_cast<Model*>(model)->runner->boxed_run(std::move(tensors));
     }
     PyObject* found = PyList_New(tensors.size());
     for (size_t i = 0; found && i < tensors.size(); i++) PyList_SET_ITEM(found, i, THPVariable_Wrap(tensors[i]));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -219,6 +220,49 @@ def test_what_streams_do_not_use_is_not_kept_and_leaves_the_rest(
     assert kept == {"threads-2.so", "threads-2.json", "amx.so", "aoti.so"}
 
 
+class Shifted(Encoder):
+    """As its base, and what it adds is a constant of its code."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, mask) + torch.tensor([0.25 * (i % 7) for i in range(64)])
+
+
+@needs_amx
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("kind", [Encoder, Shifted])
+def test_weights_are_in_memory_once_and_not_in_the_library(kind: type[Encoder], tmp_path: Path) -> None:
+    for start in ("cold", "warm"):
+        module = kind()
+        model = ask(module, tmp_path, streams=2)
+        assert model.report.start == start, model.report.notes
+        assert set(model.report.engines().values()) == {"aot-amx"}, model.report.all_refusals()
+        assert model.streams is not None, model.report.notes
+        for rows, length in ((1, 8), (4, 24), (2, 5)):
+            inputs = tokens(rows, length)
+            for answers in (model, model.streams.model):
+                torch.testing.assert_close(answers(*inputs), module(*inputs), rtol=1e-4, atol=1e-5)
+        engines = {lane.engine for found in (model, model.streams.model) for lane in found._lanes.values()}
+        assert len(engines) == 2
+        built = [engine._module for engine in engines if isinstance(engine, amx.AmxEngine)]
+        assert len({part.get_buffer("inner.packed").data_ptr() for part in built if part is not None}) == 1
+    size = (Path(str(model.report.cache)) / "aot-amx" / "threads-2.so").stat().st_size
+    weights = sum(parameter.nbytes for parameter in module.parameters())
+    assert (size > weights) == (kind is Shifted), "what the code has of its own nothing else keeps"
+
+
+@needs_amx
+def test_what_was_packed_goes_with_the_engine() -> None:
+    linear = nn.Linear(64, 32)
+    layer = amx._SplitLinear(linear)
+    assert amx._SplitLinear(linear).packed is layer.packed
+    with torch.no_grad():
+        linear.weight.zero_()
+    assert amx._SplitLinear(linear).packed is not layer.packed, "of other values"
+    packed = weakref.ref(layer.packed)
+    del layer
+    assert packed() is None
+
+
 @needs_amx
 def test_a_module_that_casts_by_itself_is_refused_and_served_eager() -> None:
     class Casting(Encoder):
@@ -258,7 +302,7 @@ def test_layers_at_whose_weights_others_look() -> None:
 def test_a_file_that_is_no_library_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "broken.so").write_text("not a library")
     with pytest.raises(RuntimeError, match=r"broken\.so"):
-        AotModel(tmp_path / "broken.so", 1)
+        AotModel(tmp_path / "broken.so", 1, {})
 
 
 @needs_amx
