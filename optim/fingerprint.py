@@ -130,7 +130,7 @@ def _hash(path: Path) -> str:
 
 
 def _structure(module: nn.Module) -> list[Any]:
-    """Return every submodule's class and plain settings, and every tensor's dtype and shape."""
+    """Return every submodule's class and plain settings, and every tensor's dtype, shape and strides."""
     parts: list[Any] = []
     for name, part in module.named_modules():
         settings = {
@@ -140,4 +140,8 @@ def _structure(module: nn.Module) -> list[Any]:
         }
         parts.append([name, f"{type(part).__module__}.{type(part).__qualname__}", part.extra_repr(), str(settings)])
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return [*parts, [[name, str(t.dtype), list(t.shape)] for name, t in tensors]]
+    return [*parts, [[name, str(t.dtype), list(t.shape), _strides(t)] for name, t in tensors]]
+
+
+def _strides(tensor: torch.Tensor) -> list[int] | None:
+    return list(tensor.stride()) if tensor.layout is torch.strided else None

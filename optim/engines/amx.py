@@ -43,7 +43,10 @@ _LEAST_WEIGHTS = 1_000_000
 
 
 class AmxEngine(AotEngine):
-    """One library for all buckets, whose linear layers are split products; its weights are constants."""
+    """One library for all buckets, whose linear layers are split products; its weights are constants.
+
+    They are the module's own, but for those of linear layers, which are packed: so the module may not be changed.
+    """
 
     name = "aot-amx"
     guards_sizes = False
@@ -76,6 +79,7 @@ class AmxEngine(AotEngine):
     def build(self) -> None:
         """Load what was kept for as many threads, else export the module with all sizes free that buckets differ in."""
         _define_operator(self.kept)
+        # Kept, so that what is built for streams finds the packed weights in use.
         self._module = module = replace_linear(self.job.module, _DTYPES, _SplitLinear)
         if self.kept is not None and (self.kept / self._file).is_file():
             self._path = self.kept / self._file
@@ -104,7 +108,7 @@ class AmxEngine(AotEngine):
         # Weights that are in the library too are in memory twice more: with its file, and where it copies them to. They
         # have to be where the code has constants besides the module's, whose values nothing else keeps.
         has_more = not exported.constants.keys() <= _values(module, self.job).keys()
-        with inductor_config.patch({"aot_inductor.package_constants_in_so": has_more}):
+        with inductor_config.patch({"aot_inductor.package_constants_in_so": has_more, "freezing": False}):
             self._package(exported, package)
         unpack(package, path)
         package.unlink()
@@ -161,7 +165,7 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
-    version = None if weight.is_inference() else weight._version
+    version = weight.data_ptr(), None if weight.is_inference() else weight._version
     known, found = _packed.get(weight, (version, lambda: None))
     packed: torch.Tensor | None = found()
     if packed is None or known != version:

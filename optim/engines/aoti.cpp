@@ -1,6 +1,7 @@
 // Calls of what AOTInductor made that leave Python's lock to others (optim/engines/aoti.py): torch's own binding holds it
 // for as long as a run takes.
 
+#include <ATen/ATen.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
 
@@ -14,8 +15,7 @@
 namespace {
 
 struct Model {
-  // The runner has their addresses.
-  std::unordered_map<std::string, at::Tensor> constants;
+  std::vector<at::Tensor> constants;
   std::unique_ptr<torch::inductor::AOTIModelContainerRunnerCpu> runner;
 };
 
@@ -46,15 +46,19 @@ extern "C" void* load(const char* path, int64_t calls, PyObject* values, bool ha
       Unlocked unlocked;
       model->runner = std::make_unique<torch::inductor::AOTIModelContainerRunnerCpu>(path, calls);
     }
+    // The runner makes a tensor of each that it never lets go of (seen in torch 2.8): so of what owns no memory.
+    std::unordered_map<std::string, at::Tensor> views;
     for (const auto& [name, full_name] : model->runner->getConstantNamesToOriginalFQNs()) {
       PyObject* value = PyDict_GetItemString(values, full_name.c_str());
-      if (value && THPVariable_Check(value))
-        model->constants.emplace(name, THPVariable_Unpack(value));
-      else if (!has_others)
+      if (value && THPVariable_Check(value)) {
+        const at::Tensor& tensor = model->constants.emplace_back(THPVariable_Unpack(value));
+        views.emplace(name, at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), tensor.options()));
+      } else if (!has_others) {
         throw std::runtime_error("its constant " + full_name + " has no value");
+      }
     }
     model->runner->update_constant_buffer(
-        model->constants, /* use_inactive = */ false, /* validate_full_updates = */ false, /* user_managed = */ true);
+        views, /* use_inactive = */ false, /* validate_full_updates = */ false, /* user_managed = */ true);
     return model.release();
   });
 }

@@ -258,7 +258,8 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     needs_more = any(item.path.name != "test_shipped.py" for item in users)
     folder = tmp_path_factory.mktemp("e2e")
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    for application in config["applications"]:  # which engine wins is not what these tests ask: 270 s to ready were most
+    # Which engine wins is not what these tests ask, and with the usual budgets it took 270 s until all was ready.
+    for application in config["applications"]:
         application["args"].setdefault("pt2", {})["tune"] = {"budget_s": 20}
     port = config["http_options"]["port"] = free_port()
     grpc_port = config["grpc_options"]["port"] = free_port()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from optim import CompiledModel, compile_model
 from optim.config import Pt2Config
@@ -261,6 +263,21 @@ def test_what_was_packed_goes_with_the_engine() -> None:
     packed = weakref.ref(layer.packed)
     del layer
     assert packed() is None
+
+
+@needs_amx
+def test_what_was_loaded_lets_go_of_weights(tmp_path: Path) -> None:
+    ask(Encoder(), tmp_path)  # torch itself holds on to constants of what it has just compiled
+    model = ask(Encoder(), tmp_path)
+    assert model.report.start == "warm", model.report.notes
+    (engine,) = {lane.engine for lane in model._lanes.values()}
+    assert isinstance(engine, amx.AmxEngine) and engine._module is not None
+    weights = [StorageWeakRef(engine._module.get_buffer("inner.packed").untyped_storage())]
+    weights += [StorageWeakRef(parameter.untyped_storage()) for parameter in model.module.parameters()]
+    engine.close()
+    del model, engine
+    gc.collect()
+    assert [weight.expired() for weight in weights] == [True] * len(weights)
 
 
 @needs_amx
