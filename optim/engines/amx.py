@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import threading
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +82,16 @@ class AmxEngine(AotEngine):
         _define_operator(self.kept)
         # Kept, so that what is built for streams finds the packed weights in use.
         self._module = module = replace_linear(self.job.module, _DTYPES, _SplitLinear)
+        values = _values(module, self.job)
         if self.kept is not None and (self.kept / self._file).is_file():
             self._path = self.kept / self._file
         else:
             self._path = self._make_folder() / self._file
-            self._compile(module, self._path)
-        self._model = AotModel(self._path, self.job.streams, _values(module, self.job), self.kept)
+            self._compile(module, values.keys(), self._path)
+        self._model = AotModel(self._path, self.job.streams, values, self.kept)
         self._shared = self._runner(self._model)
 
-    def _compile(self, module: nn.Module, path: Path) -> None:
+    def _compile(self, module: nn.Module, own: Set[str], path: Path) -> None:
         import torch._inductor.config as inductor_config
 
         buckets = self.job.samples
@@ -107,7 +109,7 @@ class AmxEngine(AotEngine):
         exported = self._export(module, buckets[example], tuple(dynamic))
         # Weights that are in the library too are in memory twice more: with its file, and where it copies them to. They
         # have to be where the code has constants besides the module's, whose values nothing else keeps.
-        has_more = not exported.constants.keys() <= _values(module, self.job).keys()
+        has_more = not exported.constants.keys() <= own
         with inductor_config.patch({"aot_inductor.package_constants_in_so": has_more, "freezing": False}):
             self._package(exported, package)
         unpack(package, path)
