@@ -202,7 +202,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decode", choices=["math", "efficient", "flash"], default="math", help="its attention")
     parser.add_argument(
-        "--without", nargs="+", choices=["transformers", "int8"], default=[], help="where time is short"
+        "--without",
+        nargs="+",
+        choices=["transformers", "int8", "prefill"],
+        default=[],
+        help="where time is short; prefill is then not compiled",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -234,6 +238,9 @@ def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: arg
     for name, one in ours.items():
         one.fuse_attention(arguments.decode == "math")
         functions = make_functions(one, CALLERS, [SPAN], PIECES)
+        eager_runs: dict[str, Run] = {n: function.module for n, function in functions.items()}
+        if "prefill" in arguments.without:
+            functions = {"decode": functions["decode"]}
         started = time.perf_counter()
         served[name] = compile_functions(functions, {"attention": {"decode": arguments.decode}}, device.type)
         print(f"{name}: compiled in {time.perf_counter() - started:.0f} s; ", end="")
@@ -242,7 +249,7 @@ def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: arg
         for function, report in reports.items():
             for line in (*report.notes, *report.refusals):
                 print(f"  {function}: {line}", flush=True)
-        slots[name] = make_slots(served[name], max(CALLERS), [SPAN], PIECES, device)
+        slots[name] = make_slots({**eager_runs, **served[name]}, max(CALLERS), [SPAN], PIECES, device)
     read = {"ours, eager": decoder, **ours}
     runs: dict[str, Callable[[int, int], float]] = {
         name: lambda callers, tokens, found=found: decode(found, callers, tokens, vocabulary)  # type: ignore[misc]

@@ -16,6 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+#: On a GPU this many places are summed up by themselves, and then the sums: all places of one output in one loop kept
+#: 32 of an H100's 132 processors busy (8.8 us a layer of Llama 3.2 1B at 512 places, 6.6 so).
+_PART = 32
 #: What the checkpoints of a family have beyond Llama's: biases of the projections to queries, keys and values.
 _FAMILIES = {"llama": False, "mistral": False, "qwen2": True}
 
@@ -175,7 +178,7 @@ class Decoder(nn.Module):
         rotation = (self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2))  # type: ignore[index]
         for layer in self.layers:
             hidden = layer(hidden, rotation, positions, slots, mask)
-        normed: torch.Tensor = self.norm(hidden)
+        normed: torch.Tensor = _write(self.norm(hidden))
         return normed
 
 
@@ -234,9 +237,9 @@ class _Layer(nn.Module):
         slots: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, positions, slots, mask)
-        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
-        result: torch.Tensor = hidden + self.down(F.silu(gate) * up)
+        hidden = hidden + self.attention(_write(self.attention_norm(hidden)), rotation, positions, slots, mask)
+        gate, up = self.gate_up(_write(self.mlp_norm(hidden))).chunk(2, -1)
+        result: torch.Tensor = hidden + self.down(_write(F.silu(gate) * up))
         return result
 
 
@@ -287,14 +290,32 @@ def _attend(
         # matrix products would first copy them out of it, once for each query head.
         grouped = q.view(rows, -1, groups, 1, size)
         scores = (grouped * keys.unsqueeze(2)).sum(-1, dtype=torch.float32) / math.sqrt(size)  # [B, H, G, K]
-        weights = scores.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1).to(values.dtype)
-        return (weights.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).view(rows, heads, 1, size)
+        weights = _write(scores.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1).to(values.dtype))
+        products = weights.unsqueeze(-1) * values.unsqueeze(2)  # [B, H, G, K, D]
+        if values.is_cuda and values.shape[-2] % _PART == 0:
+            found = products.unflatten(-2, (-1, _PART)).sum(-2, dtype=torch.float32).sum(-2).to(values.dtype)
+        else:
+            found = products.sum(-2)
+        result: torch.Tensor = found.view(rows, heads, 1, size)
+        return result
     # The query heads of a key-value head as one head of so many more tokens: kernels need no copy of it for each
     # then. With `enable_gqa` a CPU takes the math of every score, for which torch 2.8's Inductor writes C++ that does
     # not compile (a transposed load through `slots`).
     grouped = q.reshape(rows, -1, groups * tokens, size)
     seen = mask.unsqueeze(1).repeat(1, 1, groups, 1)  # [B, 1, G * T, K]
     return F.scaled_dot_product_attention(grouped, keys, values, seen).reshape(rows, heads, tokens, size)
+
+
+def _write(x: torch.Tensor) -> torch.Tensor:
+    """Have code compiled for a GPU compute a tensor once, in a kernel of its own; it is returned as it is.
+
+    Where the product of one row is made of products and sums, each block of threads would compute all of the row again
+    (`down` of Llama 3.2 1B, with the SiLU in it, took an H100 14 to 22 us, without 12.6).
+    """
+    if x.is_cuda and torch.compiler.is_compiling():
+        # Inductor needs the operand of as_strided in memory (torch/_inductor/lowering.py), else it changes nothing.
+        return torch.as_strided(x, x.shape, x.stride())
+    return x
 
 
 def _make_rotation(config: DecoderConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:

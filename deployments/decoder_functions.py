@@ -46,7 +46,8 @@ def make_slots(
 ) -> Slots:
     """Return slots that run the functions, compiled or not; the least piece is run while others generate."""
     prefills = {size: runs[f"prefill {size}"] for size in pieces}
-    return Slots(prefills, runs["decode"], spans, slots, min(pieces), device)
+    on_gpu = torch.device(device).type == "cuda"  # a CPU has nothing to do meanwhile
+    return Slots(prefills, runs["decode"], spans, slots, min(pieces), device, runs_ahead=on_gpu)
 
 
 def _decoding(decoder: Decoder) -> Example:

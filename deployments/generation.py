@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 
 from deployments.errors import ModelFailed
-from deployments.sampling import Picked, Sampler, pick
+from deployments.sampling import Picked, Picks, Sampler, pick
+from deployments.transfers import to_device
 from optim import is_device_error
 from optim.errors import describe
 
@@ -48,13 +49,19 @@ class Generation:
     """Its part of the cache."""
     done: int = 0
     """Tokens of it that are in the cache."""
+    picked: int = 0
+    """Tokens that were picked for it, also those that are not known yet."""
     tokens: list[int] = field(default_factory=list)
-    """What it generated; the last is not in the cache yet."""
+    """What it generated, as far as it is known; the last that was picked is not in the cache yet."""
 
     @property
     def is_prefilled(self) -> bool:
         """Whether all of its prompt is in the cache."""
         return self.done >= len(self.prompt)
+
+    def is_full(self, tokens: int, length: int) -> bool:
+        """Whether so many tokens are all of its answer, where prompt and answer may have `length` together."""
+        return tokens == self.most or len(self.prompt) + tokens >= length
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,10 @@ class Slots:
     A step is one token of every request that generates, or one piece of a new request's prompt, the oldest one's: as
     much as the largest of `prefills` takes while nobody generates. Else pieces have the size that `piece` says, and
     every other step is a token, so that streams go on.
+
+    With `runs_ahead` a step tells what the one before it picked, while the device does what it has queued: the tokens
+    themselves never have to come to the CPU in between. A request that ends with a token has had one row too many by
+    then, which nobody sees.
     """
 
     def __init__(
@@ -82,13 +93,18 @@ class Slots:
         slots: int,
         piece: int,
         device: torch.device | str = "cpu",
+        *,
+        runs_ahead: bool = False,
     ) -> None:
         self._prefills = dict(sorted(prefills.items()))
         self._decode = decode
         self._spans = sorted(spans)
         self._piece = piece
         self._device = torch.device(device)
+        self._runs_ahead = runs_ahead
         self._places = torch.arange(self._spans[-1] + max(self._prefills), device=self._device)
+        self._latest = torch.zeros(slots, dtype=torch.int64, device=self._device)  # the last token of each slot
+        self._unread: deque[tuple[Sequence[Generation], Picks]] = deque()
         self._free = list(range(slots))
         self._arrived: deque[Generation] = deque()  # what other threads put in, one call at a time
         self._new: deque[Generation] = deque()
@@ -118,17 +134,20 @@ class Slots:
         if self._filling is not None and not (self._owes_token and self._running):
             # By itself, so that a first token is not held back by everybody's next one.
             prefilled, self._owes_token = self._prefill(self._filling), True
+            self._read(ahead=1)
             return Step(self._take_events(), prefilled=prefilled)
-        rows, self._owes_token = len(self._running), False
+        rows, self._owes_token = [one for one in self._running if not one.is_full(one.picked, self.length)], False
         if rows:
-            self._decode_one(list(self._running))
-        return Step(self._take_events(), rows)
+            self._decode_one(rows)
+        self._read(ahead=1 if rows else 0)
+        return Step(self._take_events(), len(rows))
 
     def fail(self, error: Exception) -> Step:
         """End every request with an error."""
         self._take_in()
         everyone = [*self._running, *([self._filling] if self._filling else []), *self._new]
         self._new.clear()
+        self._unread.clear()
         for generation in everyone:
             self._end(generation, error)
         return Step(self._take_events())
@@ -172,15 +191,15 @@ class Slots:
         if generation.is_prefilled:
             self._filling = None
             self._running.append(generation)
-            self._pick([generation], logits)
+            self._pick([generation], slots, logits)
         return count
 
     def _decode_one(self, rows: Sequence[Generation]) -> None:
         """Run one token of each row; where that fails each alone, once, so that only what fails then ends."""
         done = [generation.done for generation in rows]
-        tokens, positions, slots = self._send([one.tokens[-1] for one in rows], done, [one.slot for one in rows])
+        positions, slots = self._send(done, [generation.slot for generation in rows])
         try:
-            logits = self._decode(tokens, positions, slots, self._mask(positions, max(done) + 1))
+            logits = self._decode(self._latest[slots], positions, slots, self._mask(positions, max(done) + 1))
         except Exception as error:
             if len(rows) == 1 or is_device_error(error):
                 self._settle_failure(rows[0], error)
@@ -190,19 +209,21 @@ class Slots:
             return
         for generation in rows:
             generation.done += 1
-        self._pick(rows, logits)
+        self._pick(rows, slots, logits)
 
     def _send(self, *rows: Sequence[int]) -> torch.Tensor:
         """Return rows of numbers on the device, by one copy that nobody waits for. [len(rows), N]."""
         size = len(rows[0])
         # An even number of int64 keeps each row where code for aligned inputs may read it.
-        even = torch.tensor([[*row, *([0] * (size % 2))] for row in rows], pin_memory=self._device.type == "cuda")
-        return even.to(self._device, non_blocking=True)[:, :size]
+        return to_device([[*row, *([0] * (size % 2))] for row in rows], torch.int64, self._device)[:, :size]
 
     def _settle_failure(self, generation: Generation, error: Exception) -> None:
         """End a request with an error of the model's own; raise one of the device's, which concerns all."""
         if is_device_error(error):
             raise error
+        self._read()  # what came before it
+        if generation.slot < 0:
+            return  # it has ended with that
         kind, message = describe(error)
         logger.warning("the model failed on a request: %s: %s", kind, message)
         self._end(generation, ModelFailed(f"the model failed on this request: {kind}: {message}"))
@@ -212,8 +233,8 @@ class Slots:
         span = next(span for span in self._spans if span >= min(needed, self.length))
         return self._places[:span] <= positions.unsqueeze(-1)
 
-    def _pick(self, rows: Sequence[Generation], logits: torch.Tensor) -> None:
-        """Pick the next token of each row. [B, V]."""
+    def _pick(self, rows: Sequence[Generation], slots: torch.Tensor, logits: torch.Tensor) -> None:
+        """Pick the next token of each row, and keep it where the next step finds it. [B], [B, V]."""
         try:
             found = pick([generation.sampler for generation in rows], logits)
         except Exception as error:
@@ -221,10 +242,22 @@ class Slots:
                 self._settle_failure(rows[0], error)
                 return
             for row, generation in enumerate(rows):  # it must not end the others
-                self._pick([generation], logits[row : row + 1])
+                self._pick([generation], slots[row : row + 1], logits[row : row + 1])
             return
-        for generation, picked in zip(rows, found, strict=True):
-            self._take(generation, picked)
+        self._latest[slots] = found.tokens
+        for generation in rows:
+            generation.picked += 1
+        self._unread.append((rows, found))
+
+    def _read(self, *, ahead: int = 0) -> None:
+        """Learn which tokens were picked, but those of the last `ahead` steps where nobody has to wait for them."""
+        if not self._runs_ahead or any(generation.sampler.looks_back for generation in self._running):
+            ahead = 0
+        while len(self._unread) > ahead:
+            rows, picks = self._unread.popleft()
+            for generation, picked in zip(rows, picks.read(), strict=True):
+                if generation.slot >= 0:  # else it has ended meanwhile
+                    self._take(generation, picked)
 
     def _take(self, generation: Generation, picked: Picked) -> None:
         """Go on with a request's next token."""
@@ -233,7 +266,7 @@ class Slots:
             self._end(generation, "stop")
             return
         self._events.append((generation, picked))
-        if len(generation.tokens) == generation.most or generation.done + 1 >= self.length:
+        if generation.is_full(len(generation.tokens), self.length):
             self._end(generation, "length")
 
     def _end(self, generation: Generation, why: str | Exception) -> None:

@@ -47,8 +47,8 @@ class Counting:
         return torch.nn.functional.one_hot((tokens + 1) % VOCABULARY, VOCABULARY).float()
 
 
-def make_slots(run: Counting, slots: int = 2, spans: tuple[int, ...] = (8, 32)) -> Slots:
-    return Slots({4: run.prefill, 16: run.prefill}, run.decode, spans, slots, 4)
+def make_slots(run: Counting, slots: int = 2, *, runs_ahead: bool = False) -> Slots:
+    return Slots({4: run.prefill, 16: run.prefill}, run.decode, (8, 32), slots, 4, runs_ahead=runs_ahead)
 
 
 def ask(slots: Slots, prompt: list[int], most: int | None = 3, **more: Any) -> Generation:
@@ -69,9 +69,10 @@ def ends(steps: list[Step]) -> dict[int, Any]:
     return {id(g): what for step in steps for g, what in step.events if not isinstance(what, Picked)}
 
 
-def test_requests_join_and_leave_between_steps() -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_requests_join_and_leave_between_steps(runs_ahead: bool) -> None:
     run = Counting()
-    slots = make_slots(run)
+    slots = make_slots(run, runs_ahead=runs_ahead)
     first, second, third = ask(slots, [1], 4), ask(slots, [10], 7), ask(slots, [20], 2)
     finish(slots)
     assert first.tokens == [2, 3, 4, 5]
@@ -80,6 +81,49 @@ def test_requests_join_and_leave_between_steps() -> None:
     # The third waits until the first has left, and takes its slot.
     assert [call[-1] for call in run.calls if call[0] == "prefill"] == [0, 1, 0]
     assert ("decode", (1, 0)) in run.calls or ("decode", (0, 1)) in run.calls
+    # Nobody has a row that is not needed: 3 + 6 + 1 tokens behind the first ones.
+    assert sum(len(call[1]) for call in run.calls if call[0] == "decode") == 10
+
+
+def test_running_ahead_a_step_tells_what_the_one_before_it_picked() -> None:
+    run = Counting()
+    slots = make_slots(run, runs_ahead=True)
+    generation = ask(slots, [1], 3)
+    told = []
+    while len(slots):
+        calls, step = len(run.calls), slots.step()
+        events = [what.token if isinstance(what, Picked) else what for _, what in step.events]
+        told.append((len(run.calls) - calls, events))
+    assert told == [(1, []), (1, [2]), (1, [3]), (0, [4, "length"])]
+    assert generation.tokens == [2, 3, 4]
+
+
+def test_running_ahead_an_end_token_costs_one_row_that_nobody_sees() -> None:
+    run = Counting()
+    slots = make_slots(run, runs_ahead=True)
+    generation = ask(slots, [1], None, ends=frozenset([4]))
+    told = [what for step in finish(slots) for _, what in step.events]
+    assert told == [Picked(2), Picked(3), "stop"]
+    assert generation.tokens == [2, 3, 4]
+    assert len(run.calls) == 4  # the prompt, two tokens, and the one behind the end
+    after = ask(slots, [7], 2)  # its slot is as good as new
+    finish(slots)
+    assert after.tokens == [8, 9]
+
+
+def test_who_looks_back_is_not_run_ahead_of() -> None:
+    run = Counting()
+    slots = make_slots(run, runs_ahead=True)
+    looking = Generation([1], Sampler(Sampling(temperature=0, presence_penalty=1.5)), 3)
+    slots.add(looking)
+    assert [what.token for _, what in slots.step().events if isinstance(what, Picked)] == [2]
+    ask(slots, [1], 3)
+    finish(slots)
+    plain = Generation([1], Sampler(Sampling(temperature=0, presence_penalty=1.5)), 3)
+    other = make_slots(Counting())
+    other.add(plain)
+    finish(other)
+    assert looking.tokens == plain.tokens
 
 
 def test_a_long_prompt_is_run_in_pieces_that_let_the_others_go_on() -> None:
@@ -124,8 +168,9 @@ def test_no_piece_is_mostly_padding() -> None:
     assert [call[1] for call in run.calls] == [16]
 
 
-def test_who_goes_away_frees_the_slot_at_the_next_step() -> None:
-    slots = make_slots(Counting(), slots=1)
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_who_goes_away_frees_the_slot_at_the_next_step(runs_ahead: bool) -> None:
+    slots = make_slots(Counting(), slots=1, runs_ahead=runs_ahead)
     gone, waiting = ask(slots, [1], None), ask(slots, [5], 1)
     slots.step()
     count = len(gone.tokens)
@@ -148,16 +193,18 @@ def test_an_end_token_is_told_as_stop_and_not_given_out() -> None:
     assert ends(steps) == {id(generation): "stop"}
 
 
-def test_a_request_ends_where_its_slot_is_full() -> None:
-    slots = make_slots(Counting())
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_request_ends_where_its_slot_is_full(runs_ahead: bool) -> None:
+    slots = make_slots(Counting(), runs_ahead=runs_ahead)
     generation = ask(slots, list(range(30)), None)
     assert ends(finish(slots)) == {id(generation): "length"}
     assert 30 + len(generation.tokens) == 32
 
 
-def test_what_one_request_raises_ends_that_one_alone() -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_what_one_request_raises_ends_that_one_alone(runs_ahead: bool) -> None:
     run = Counting()
-    slots = make_slots(run, slots=3)
+    slots = make_slots(run, slots=3, runs_ahead=runs_ahead)
     good, bad, other = ask(slots, [1], 8), ask(slots, [20], 8), ask(slots, [30], 8)
     run.fails_on = {23}
     found = ends(finish(slots))
@@ -168,7 +215,8 @@ def test_what_one_request_raises_ends_that_one_alone() -> None:
     assert set(found.values()) == {"length"}
 
 
-def test_a_token_that_cannot_be_picked_ends_that_request_alone() -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_token_that_cannot_be_picked_ends_that_request_alone(runs_ahead: bool) -> None:
     class Broken(Sampler):
         count = 0
 
@@ -184,7 +232,7 @@ def test_a_token_that_cannot_be_picked_ends_that_request_alone() -> None:
         return made
 
     hot = Sampling(temperature=2.0, seed=3)
-    slots = make_slots(Counting(), slots=3)
+    slots = make_slots(Counting(), slots=3, runs_ahead=runs_ahead)
     alone = make(Sampler(hot), slots)
     finish(slots)
     before, bad, behind = make(Sampler(hot), slots), make(Broken(hot), slots), make(Sampler(hot), slots)
@@ -229,19 +277,23 @@ def test_greedy_answers_are_those_of_transformers_alone_and_in_any_mix(tmp_path:
     generator, args = load(tmp_path)
     models = compile_generator(generator, args, "cpu", 1)
     slots = slots_of(models, generator, args)
+    ahead = Slots(
+        {size: models[f"prefill {size}"] for size in (8, 32)}, models["decode"], (64, 256), 4, 8, runs_ahead=True
+    )
     torch.manual_seed(2)
     prompts = [torch.randint(2, 300, (size,)).tolist() for size in (3, 1, 40, 17, 8, 50)]
     expected = [greedy(model, prompt, 200) for prompt in prompts]
     alone = ask(slots, prompts[2], 200, ends=generator.ends)
     finish(slots)
     assert [t for t in alone.tokens if t not in generator.ends] == expected[2]
-    mixed = []
-    for prompt in prompts:  # each comes when the ones before it are at different places
-        mixed.append(ask(slots, prompt, 200, ends=generator.ends))
-        for _ in range(7):
-            slots.step()
-    finish(slots)
-    assert [[t for t in g.tokens if t not in generator.ends] for g in mixed] == expected
+    for mixing in (slots, ahead):
+        mixed = []
+        for prompt in prompts:  # each comes when the ones before it are at different places
+            mixed.append(ask(mixing, prompt, 200, ends=generator.ends))
+            for _ in range(7):
+                mixing.step()
+        finish(mixing)
+        assert [[t for t in g.tokens if t not in generator.ends] for g in mixed] == expected
 
 
 def test_compiled_answers_are_the_same_and_nothing_compiles_while_serving(tmp_path: Path) -> None:
