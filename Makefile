@@ -49,7 +49,7 @@ test: .venv/.installed
 # Without what is the same with every torch: how processes, locks and files behave, Ray Serve's roll-outs, the clients.
 test-latest: .venv-latest/.installed
 	.venv-latest/bin/python -m pytest -m "not any_torch" tests/optim $(PYTEST_ARGS)
-	.venv-latest/bin/python -m pytest tests/deployments tests/e2e/test_shipped.py $(PYTEST_ARGS)
+	.venv-latest/bin/python -m pytest -m "not any_torch" tests/deployments tests/e2e/test_shipped.py $(PYTEST_ARGS)
 
 test-clients: .venv/.installed .venv-clients/.installed
 	.venv/bin/python -m pytest tests/deployments/test_old_clients.py $(PYTEST_ARGS)

@@ -26,7 +26,7 @@ from deployments.decoder import Decoder, DecoderConfig
 from deployments.decoder_functions import make_functions, make_slots
 from deployments.generation import Generation, Run, Slots
 from deployments.int8 import quantize
-from deployments.sampling import Sampler, Sampling
+from deployments.sampling import Picked, Sampler, Sampling
 
 #: Shapes by the number of their parameters; as Llama's own.
 SIZES: dict[str, dict[str, Any]] = {
@@ -126,7 +126,7 @@ def join(slots: Slots, vocabulary: int) -> tuple[float, list[float]]:
         step, now = slots.step(), time.perf_counter()
         if newcomer.tokens and not first_s:
             first_s = now - started
-        if step.rows:
+        if any(generation is not newcomer and isinstance(what, Picked) for generation, what in step.events):
             gaps.append((now - last) * 1e3)
             last, is_joined = now, bool(newcomer.tokens)
     for generation in (*others, newcomer):

@@ -66,7 +66,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Step:
-    """What came of a step: an event for each request that it concerns, the rows it decoded, the tokens it prefilled."""
+    """What came of a step: the rows it decoded, the tokens it prefilled, and an event for each request it can tell of.
+
+    Where slots run ahead, the events are mostly of the step before.
+    """
 
     events: Sequence[tuple[Generation, What]]
     rows: int = 0
@@ -81,8 +84,8 @@ class Slots:
     every other step is a token, so that streams go on.
 
     With `runs_ahead` a step tells what the one before it picked, while the device does what it has queued: the tokens
-    themselves never have to come to the CPU in between. A request that ends with a token has had one row too many by
-    then, which nobody sees.
+    themselves never have to come to the CPU in between. A request that ends with one of its `ends` has had one row too
+    many by then, which nobody sees.
     """
 
     def __init__(
@@ -131,12 +134,13 @@ class Slots:
         if self._filling is None and self._free and self._new:
             self._filling = self._new.popleft()
             self._filling.slot = self._free.pop(0)
-        if self._filling is not None and not (self._owes_token and self._running):
+        rows = [one for one in self._running if not one.is_full(one.picked, self.length)]  # the others' last is unread
+        if self._filling is not None and not (self._owes_token and rows):
             # By itself, so that a first token is not held back by everybody's next one.
-            prefilled, self._owes_token = self._prefill(self._filling), True
+            prefilled, self._owes_token = self._prefill(self._filling, alone=not rows), True
             self._read(ahead=1)
             return Step(self._take_events(), prefilled=prefilled)
-        rows, self._owes_token = [one for one in self._running if not one.is_full(one.picked, self.length)], False
+        self._owes_token = False
         if rows:
             self._decode_one(rows)
         self._read(ahead=1 if rows else 0)
@@ -147,7 +151,7 @@ class Slots:
         self._take_in()
         everyone = [*self._running, *([self._filling] if self._filling else []), *self._new]
         self._new.clear()
-        self._unread.clear()
+        # What is unread stays: to free memory that a broken GPU was to copy to would end the process.
         for generation in everyone:
             self._end(generation, error)
         return Step(self._take_events())
@@ -168,10 +172,10 @@ class Slots:
         while self._arrived:
             self._new.append(self._arrived.popleft())
 
-    def _prefill(self, generation: Generation) -> int:
-        """Run a piece of a prompt; return its tokens."""
+    def _prefill(self, generation: Generation, *, alone: bool) -> int:
+        """Run a piece of a prompt, a small one where others generate; return its tokens."""
         start, left = generation.done, len(generation.prompt) - generation.done
-        sizes = [size for size in self._prefills if not self._running or size <= self._piece]
+        sizes = [size for size in self._prefills if alone or size <= self._piece]
         size = next((size for size in sizes if size >= left), sizes[-1])
         if 2 * left <= size:  # most of it would be padding
             size = max((smaller for smaller in sizes if smaller <= left), default=size)
@@ -205,7 +209,8 @@ class Slots:
                 self._settle_failure(rows[0], error)
                 return
             for generation in rows:
-                self._decode_one([generation])
+                if generation.slot >= 0:  # what is read of another one's failure may have ended it
+                    self._decode_one([generation])
             return
         for generation in rows:
             generation.done += 1
@@ -250,14 +255,18 @@ class Slots:
         self._unread.append((rows, found))
 
     def _read(self, *, ahead: int = 0) -> None:
-        """Learn which tokens were picked, but those of the last `ahead` steps where nobody has to wait for them."""
+        """Learn which tokens were picked; the last `ahead` times may wait, unless somebody looks back at them."""
         if not self._runs_ahead or any(generation.sampler.looks_back for generation in self._running):
             ahead = 0
-        while len(self._unread) > ahead:
-            rows, picks = self._unread.popleft()
-            for generation, picked in zip(rows, picks.read(), strict=True):
-                if generation.slot >= 0:  # else it has ended meanwhile
-                    self._take(generation, picked)
+        while self._unread:
+            rows, picks = self._unread[0]
+            if any(generation.slot >= 0 for generation in rows):  # the others have ended meanwhile
+                if len(self._unread) <= ahead:
+                    return
+                for generation, picked in zip(rows, picks.read(), strict=True):
+                    if generation.slot >= 0:
+                        self._take(generation, picked)
+            self._unread.popleft()
 
     def _take(self, generation: Generation, picked: Picked) -> None:
         """Go on with a request's next token."""

@@ -33,7 +33,12 @@ class ModelMetrics:
         self._refused_changes = Counter("pt2_user_config_refused_total", "Hot changes that were refused.", **tags)
         self._batch_rows = Histogram("pt2_batch_rows", "Rows of each run of the model.", boundaries=_ROWS, **tags)
         self._stream_runs = Counter("pt2_stream_runs_total", "Runs on a share of the threads, beside others.", **tags)
-        self._run_ms = Histogram("pt2_run_ms", "Time of each run of the model, ms.", boundaries=_MS, **tags)
+        self._run_ms = Histogram(
+            "pt2_run_ms",
+            "Time of each run of the model, ms; of what generates on a GPU, from step to step.",
+            boundaries=_MS,
+            **tags,
+        )
         self._wait_ms = Histogram("pt2_queue_wait_ms", "Wait of each request for its run, ms.", boundaries=_MS, **tags)
         self._first_token_ms = Histogram(
             "pt2_first_token_ms",
@@ -140,7 +145,7 @@ class ModelMetrics:
         """Count one step of a model that generates."""
         if step.rows:
             self._batch_rows.observe(step.rows)
-        if step.rows or step.prefilled:
+        if step.rows or step.prefilled or step.events:
             self._run_ms.observe(seconds * 1e3)
         if step.prefilled:
             self._tokens.inc(step.prefilled, tags={"kind": "asked"})

@@ -192,8 +192,10 @@ def _choose(how: Sequence[Sampling], logits: torch.Tensor, drawn: Sequence[float
         chosen = torch.where(at < 0, at, places.gather(-1, at.clamp(min=0).unsqueeze(-1)).squeeze(-1))
         parts.append((limited, chosen))
     found = _in_order(parts)
-    # Of an infinite logit, or one that is no number, nothing can be drawn.
-    return torch.where(found < 0, logits.argmax(-1), found)
+    if found.is_cuda or bool((found < 0).any()):  # to look would be to wait for a GPU
+        # Of an infinite logit, or one that is no number, nothing can be drawn.
+        return torch.where(found < 0, logits.argmax(-1), found)
+    return found
 
 
 def _fall(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,8 @@ class TorchCompileEngine(Engine):
             options.setdefault("freezing", asked.freeze if self._freeze is None else self._freeze)
         elif self.job.phase == "decode" and self._mode is None and asked.mode is None:
             # As gpt-fast has it: matrix products of one row become products and sums (torch/_inductor/decomposition.py
-            # does it under this option alone), into which norms and activations are fused. Not measured yet (issue 7).
+            # does it under this option alone), into which adding is fused. Llama 3.2 1B, H100, torch 2.11: a step's
+            # kernels took 1.37 ms, with cuBLAS 1.42 (issue 7).
             options.setdefault("coordinate_descent_tuning", True)
         return options
 

@@ -112,18 +112,34 @@ def test_running_ahead_an_end_token_costs_one_row_that_nobody_sees() -> None:
 
 
 def test_who_looks_back_is_not_run_ahead_of() -> None:
+    class Same(Counting):
+        """Logits that are the same behind every token, so that penalties decide."""
+
+        def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.linspace(3, 0, VOCABULARY).expand(len(tokens), VOCABULARY)
+
+    found = []
+    for runs_ahead in (True, False):
+        slots = make_slots(Same(), runs_ahead=runs_ahead)
+        looking = Generation([1], Sampler(Sampling(temperature=0, presence_penalty=2.0)), 6)
+        slots.add(looking)
+        assert len(slots.step().events) == 1
+        plain = ask(slots, [1], 9)
+        finish(slots)
+        found.append((looking.tokens, plain.tokens))
+    assert found == [([0, 1, 2, 3, 4, 5], [0] * 9)] * 2
+
+
+def test_who_has_ended_before_another_ones_failure_is_not_run_again() -> None:
     run = Counting()
-    slots = make_slots(run, runs_ahead=True)
-    looking = Generation([1], Sampler(Sampling(temperature=0, presence_penalty=1.5)), 3)
-    slots.add(looking)
-    assert [what.token for _, what in slots.step().events if isinstance(what, Picked)] == [2]
-    ask(slots, [1], 3)
-    finish(slots)
-    plain = Generation([1], Sampler(Sampling(temperature=0, presence_penalty=1.5)), 3)
-    other = make_slots(Counting())
-    other.add(plain)
-    finish(other)
-    assert looking.tokens == plain.tokens
+    slots = make_slots(run, slots=3, runs_ahead=True)
+    bad, ended, last = ask(slots, [20], 9), ask(slots, [30], 9, ends=frozenset([33])), ask(slots, [40], 9)
+    run.fails_on = {24}  # at the first step of all three; what the one before it picked is unread then, 33 too
+    found = ends(finish(slots))
+    assert (bad.tokens, ended.tokens, last.tokens) == ([21, 22, 23, 24], [31, 32, 33], list(range(41, 50)))
+    assert isinstance(found[id(bad)], ModelFailed)
+    assert (found[id(ended)], found[id(last)]) == ("stop", "length")
+    assert all(slot >= 0 for call in run.calls if call[0] == "decode" for slot in call[1])
 
 
 def test_a_long_prompt_is_run_in_pieces_that_let_the_others_go_on() -> None:

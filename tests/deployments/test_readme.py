@@ -45,6 +45,7 @@ def test_the_servable_is_one() -> None:
     assert ranker.postprocess(ranker.load()(row)) == pytest.approx({"score": ranker.load()(row).item()}, abs=10)
 
 
+@pytest.mark.any_torch
 def test_the_library_example_runs() -> None:
     (code,) = [block for block in blocks("python") if "compile_model(module" in block]
     module = torch.nn.Linear(4, 2).eval()

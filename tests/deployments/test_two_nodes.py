@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 #: A cluster of its own, in a process of its own: two nodes with a cache folder each, a replica on either.
 SCRIPT = """
@@ -60,6 +62,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.any_torch
 def test_a_replica_on_another_node_starts_warm(tmp_path: Path) -> None:
     ray_folder = tempfile.mkdtemp(prefix="ray-two-")
     env = {**os.environ, "RAY_TMPDIR": ray_folder, "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}

@@ -40,6 +40,7 @@ CALLERS: list[tuple[int, dict[str, Any]]] = [
     (3, {"temperature": 0}),
     (70, {"seed": 2, "top_p": 0.8}),
     (9, {"temperature": 0, "logprobs": 3}),
+    (12, {"temperature": 0, "presence_penalty": 0.5, "frequency_penalty": 0.1, "logit_bias": ((5, 1.0),)}),
 ]
 
 
@@ -63,10 +64,10 @@ def slots_of(runs: Mapping[str, Run], spans: Sequence[int]) -> Slots:
     return make_slots(runs, max(SIZES), spans, PIECES, DEVICE)
 
 
-def ask(slots: Slots, number: int) -> Generation:
+def ask(slots: Slots, number: int, ends: frozenset[int] = frozenset()) -> Generation:
     length, how = CALLERS[number]
     prompt = torch.randint(1000, (length,), generator=torch.Generator().manual_seed(number)).tolist()
-    found = Generation(prompt, Sampler(Sampling(**how)), 20 + 5 * number)
+    found = Generation(prompt, Sampler(Sampling(**how)), 20 + 5 * number, ends)
     slots.add(found)
     return found
 
@@ -95,14 +96,14 @@ def test_compiled_decoding_gives_each_the_tokens_that_it_has_alone_in_eager_mode
     runs = {name: function.module for name, function in functions.items()}
     prefills = {size: runs[f"prefill {size}"] for size in PIECES}
     eager = Slots(prefills, runs["decode"], SPANS, max(SIZES), min(PIECES), DEVICE)  # which does not run ahead
-    expected = []
+    expected, some = [], frozenset(range(0, 1000, 40))  # which end about half of the answers early
     for number in range(len(CALLERS)):
-        alone = ask(eager, number)
+        alone = ask(eager, number, some)
         finish(eager)
         expected.append(alone.tokens)
     models = compile_decoder(decoder, SPANS)
     slots = slots_of(models, SPANS)
-    together = [ask(slots, number) for number in range(len(CALLERS))]  # of 3 and 2 rows there is no bucket
+    together = [ask(slots, number, some) for number in range(len(CALLERS))]  # of 3 and 2 rows there is no bucket
     finish(slots)
     assert [generation.tokens for generation in together] == expected
     check_served_by_graphs(models)
@@ -118,7 +119,7 @@ def test_two_bytes_and_one_are_served_by_graphs(is_int8: bool) -> None:
     slots = slots_of(models, SPANS[1:])
     together = [ask(slots, number) for number in range(len(CALLERS))]
     finish(slots)
-    assert [len(generation.tokens) for generation in together] == [20, 25, 30, 35]
+    assert [len(generation.tokens) for generation in together] == [20, 25, 30, 35, 40]
     check_served_by_graphs(models)
 
 
@@ -129,3 +130,15 @@ def test_tokens_are_picked_on_a_gpu_as_on_a_cpu() -> None:
     for _ in range(10):
         found, expected = pick(there, logits.to(DEVICE)).read(), pick(here, logits).read()
         assert [one.token for one in found] == [one.token for one in expected]
+
+
+def test_picking_waits_for_nothing() -> None:
+    ways = [how for _, how in CALLERS] + [{"seed": 3}, {"seed": 4, "temperature": 1.8, "logprobs": 1}]
+    samplers = [Sampler(Sampling(**how)) for how in ways]
+    logits = torch.randn(len(ways), 5000, device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        picks = pick(samplers, logits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(picks.read()) == len(ways)
