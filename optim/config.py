@@ -92,8 +92,8 @@ class VerifyConfig:
 
     tolerance: float | None = None
     """Allowed error, relative to the value plus the RMS; default 1e-3 (float32), 2e-2 (half), 1e-6 (float64)."""
-    warmup_calls: int = 3
-    """Calls of every bucket before it is trusted, 3 or more: with CUDA graphs, compile, record, replay. Default 3."""
+    warmup_calls: int | None = None
+    """Calls of each bucket before it is verified, 3 or more. Default 1 where later ones do as the first, else 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ def _check(config: Pt2Config, section: Mapping[Any, Any]) -> None:
     if compile_.backend == "auto" or compile_.backend.startswith("inductor"):
         _check_mode(compile_.mode)
         _check_options(compile_.options)
-    if config.verify.warmup_calls < 3:
+    if config.verify.warmup_calls is not None and config.verify.warmup_calls < 3:
         raise ConfigError("pt2.verify.warmup_calls", config.verify.warmup_calls, "use 3 or more")
     if config.tune.budget_s is not None and not config.tune.budget_s > 0:
         raise ConfigError("pt2.tune.budget_s", config.tune.budget_s, "use seconds above 0")

@@ -18,6 +18,9 @@ from optim.tree import Rebuild, flatten, tensors_of
 from optim.values import reads_values
 from optim.verify import Difference, Mismatch, compare, other_data
 
+#: Eager's outputs for a bucket's example are kept for the length of a start where they have no more bytes than this.
+_KEPT_BYTES = 1 << 24
+
 
 class Reference:
     """Runs the module in eager mode and finds out what compiled code has to keep to.
@@ -48,6 +51,7 @@ class Reference:
         #: Every example seen so far, those of other sizes than the buckets' included.
         self._seen: dict[Bucket, Inputs] = {}
         self._probed: dict[Bucket, Inputs | None] = {}
+        self._outputs: dict[Bucket, Any] = {}
         self.samples: dict[Bucket, Inputs] = {bucket: self._make_sample(bucket) for bucket in grid}
         self.input_specs: tuple[TensorSpec, ...] = ()
         self.output_specs: tuple[TensorSpec, ...] = ()
@@ -68,7 +72,7 @@ class Reference:
         other._module, other._exact_module, other.notes = module, None, []
         other.state = State(module, self.state.names)
         other._example = lambda rows, length: seen[Bucket(rows, length or 0)]
-        other._seen, other._probed = dict(seen), dict(self._probed)
+        other._seen, other._probed, other._outputs = dict(seen), dict(self._probed), dict(self._outputs)
         return other
 
     def run(self, inputs: Inputs) -> Any:
@@ -103,7 +107,7 @@ class Reference:
     def check_eager(self, bucket: Bucket) -> None:
         """Raise ModelError where the module fails on the bucket's example in eager mode."""
         try:
-            self.run(self.samples[bucket])
+            outputs = self.run(self.samples[bucket])
         except Exception as error:
             if is_device_error(error):
                 raise
@@ -112,13 +116,25 @@ class Reference:
             raise ModelError(
                 f"the model itself fails in eager mode on the example for bucket {bucket} ({shapes}): {kind}: {message}"
             ) from error
+        if not self.state:
+            self._keep(bucket, outputs)
+
+    def _keep(self, bucket: Bucket, outputs: Any) -> None:
+        """Keep what eager answers for a bucket's example: every engine is held against it, on streams once more."""
+        try:
+            tensors, rebuild = flatten(outputs)
+        except TypeError:
+            return  # an obstacle, which is told of where it is looked for
+        if sum(tensor.nbytes for tensor in tensors) <= _KEPT_BYTES:
+            self._outputs[bucket] = rebuild([tensor.clone() for tensor in tensors])
 
     def data(self, bucket: Bucket) -> Iterator[tuple[Inputs, Any]]:
         """Yield inputs of the bucket's shape with eager's outputs: its example, and others where eager takes them.
 
         The others are the example's values shuffled and, where there are lengths, a shorter example padded.
         """
-        yield self.samples[bucket], self.expect(self.samples[bucket])
+        sample = self.samples[bucket]
+        yield sample, self._outputs[bucket] if bucket in self._outputs else self.expect(sample)
         makers: list[tuple[str, Callable[[], Inputs]]] = [("shuffled data", lambda: other_data(self.samples[bucket]))]
         if bucket.length > 1 and self.rows_are_independent:
             # A mask of ones alone would not show that the compiled code heeds it.

@@ -163,11 +163,12 @@ class Trial:
 
     def _warm_up(self, bucket: Bucket) -> Runner:
         engine, config = self.engine, self.engine.job.config
+        calls = config.verify.warmup_calls or (1 if engine.settles_at_once else 3)
         with engine.building(), attention(config, engine.job.phase):
             run = with_precision(config, engine.compile(bucket))
             for inputs in [self.reference.samples[bucket], *self._probes(bucket)[0]]:
                 engine.mark(inputs)
-                for _ in range(config.verify.warmup_calls):
+                for _ in range(calls):
                     run(*inputs)
         if engine.job.wants_huge_pages:
             pages.collapse()  # what was packed for this bucket too, before it is timed

@@ -30,6 +30,7 @@ class AotEngine(Engine):
     """
 
     name = "aot"
+    settles_at_once = True
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)

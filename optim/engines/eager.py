@@ -29,6 +29,7 @@ class ChannelsLastEngine(Engine):
     """Runs a copy of the module eager, its weights and images in channels_last."""
 
     name = "channels_last"
+    settles_at_once = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -42,6 +42,7 @@ class OnnxRuntimeEngine(Engine):
 
     name = "onnxruntime"
     takes_calls_at_once = True
+    settles_at_once = True
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)

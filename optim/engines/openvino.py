@@ -32,6 +32,7 @@ class OpenVinoEngine(Engine):
 
     name = "openvino"
     takes_calls_at_once = True
+    settles_at_once = True
     guards_sizes = False
 
     def __init__(self, job: EngineJob) -> None:

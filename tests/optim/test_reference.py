@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from optim.buckets import Bucket
+from optim.config import Pt2Config
+from optim.engines import EngineJob
+from optim.engines.base import Engine, Runner
 from optim.reference import Reference
+from optim.trial import Trial
 from optim.verify import Mismatch, compare
 from tests.support import models
 
@@ -52,3 +58,53 @@ def test_the_truth_is_in_float64_or_for_two_bytes_in_float32(dtype: torch.dtype,
     with torch.no_grad():
         reference = Reference(models.Mlp().to(dtype), example, (Bucket(2),), CPU)
         assert reference.exact(reference.samples[Bucket(2)])().dtype == wide
+
+
+class Counted(Engine):
+    """Runs the module, and counts how often."""
+
+    calls = 0
+
+    def compile(self, bucket: Bucket) -> Runner:
+        def run(*inputs: torch.Tensor) -> Any:
+            self.calls += 1
+            return self.job.module(*inputs)
+
+        return run
+
+
+@pytest.mark.parametrize(("config", "settles_at_once", "calls"), [(None, False, 3), (None, True, 1), (4, True, 4)])
+def test_code_is_warmed_up_as_often_as_it_needs_or_is_asked_for(
+    config: int | None, settles_at_once: bool, calls: int
+) -> None:
+    with torch.no_grad():
+        module = models.Mlp().eval()
+        reference = Reference(module, models.features, (Bucket(2),), CPU)
+        pt2 = Pt2Config.parse({} if config is None else {"verify": {"warmup_calls": config}})
+        engine = Counted(EngineJob.of(module, pt2, reference, CPU, "forward"))
+        engine.settles_at_once = settles_at_once
+        trial = Trial(engine, reference, 60.0)
+        assert trial.prepare() is None and not trial.prove(Bucket(2))
+        data = len(list(reference.data(Bucket(2))))
+    assert engine.calls == calls + data
+
+
+def test_what_eager_answers_an_example_with_is_computed_once_and_kept_apart() -> None:
+    class Reuses(nn.Module):
+        """Answers in the same tensor each time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.answers = 0, {rows: torch.empty(rows, 8) for rows in range(1, 9)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return torch.mul(x, 2, out=self.answers[len(x)])
+
+    module = Reuses()
+    reference = Reference(module, models.features, (Bucket(2),), CPU)
+    before = module.calls
+    module(torch.zeros(2, 8))
+    (inputs, outputs), *others = reference.data(Bucket(2))
+    assert module.calls == before + 1 + len(others)
+    assert torch.equal(outputs, 2 * inputs[0])
