@@ -138,7 +138,7 @@ class Slots:
         if self._filling is not None and not (self._owes_token and rows):
             # By itself, so that a first token is not held back by everybody's next one.
             prefilled, self._owes_token = self._prefill(self._filling, alone=not rows), True
-            self._read(ahead=1)
+            self._read(ahead=1 if rows or self._filling is None else 0)  # of a piece nothing is picked but of the last
             return Step(self._take_events(), prefilled=prefilled)
         self._owes_token = False
         if rows:

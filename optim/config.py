@@ -93,7 +93,7 @@ class VerifyConfig:
     tolerance: float | None = None
     """Allowed error, relative to the value plus the RMS; default 1e-3 (float32), 2e-2 (half), 1e-6 (float64)."""
     warmup_calls: int | None = None
-    """Calls of each bucket before it is verified, 3 or more. Default 1 where later ones do as the first, else 3."""
+    """Calls of each bucket before it is verified, 3 or more. Default 1 for engines whose first is like all, else 3."""
 
 
 @dataclass(frozen=True, kw_only=True)

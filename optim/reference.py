@@ -18,8 +18,8 @@ from optim.tree import Rebuild, flatten, tensors_of
 from optim.values import reads_values
 from optim.verify import Difference, Mismatch, compare, other_data
 
-#: Eager's outputs for a bucket's example are kept for the length of a start where they have no more bytes than this.
-_KEPT_BYTES = 1 << 24
+#: As many of eager's outputs for the buckets' examples are kept during a start as have no more bytes than this.
+_KEPT_BYTES = 1 << 26
 
 
 class Reference:
@@ -52,6 +52,7 @@ class Reference:
         self._seen: dict[Bucket, Inputs] = {}
         self._probed: dict[Bucket, Inputs | None] = {}
         self._outputs: dict[Bucket, Any] = {}
+        self._kept_bytes = 0
         self.samples: dict[Bucket, Inputs] = {bucket: self._make_sample(bucket) for bucket in grid}
         self.input_specs: tuple[TensorSpec, ...] = ()
         self.output_specs: tuple[TensorSpec, ...] = ()
@@ -123,10 +124,13 @@ class Reference:
         """Keep what eager answers for a bucket's example: every engine is held against it, on streams once more."""
         try:
             tensors, rebuild = flatten(outputs)
-        except TypeError:
-            return  # an obstacle, which is told of where it is looked for
-        if sum(tensor.nbytes for tensor in tensors) <= _KEPT_BYTES:
-            self._outputs[bucket] = rebuild([tensor.clone() for tensor in tensors])
+            size = sum(tensor.nbytes for tensor in tensors)
+            if self._kept_bytes + size <= _KEPT_BYTES and bucket not in self._outputs:
+                self._outputs[bucket] = rebuild([tensor.clone() for tensor in tensors])
+                self._kept_bytes += size
+        except Exception as error:  # outputs that are not made so easily are computed each time
+            if is_device_error(error):
+                raise
 
     def data(self, bucket: Bucket) -> Iterator[tuple[Inputs, Any]]:
         """Yield inputs of the bucket's shape with eager's outputs: its example, and others where eager takes them.

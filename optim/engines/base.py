@@ -115,7 +115,8 @@ class Engine:
     keeps_by_threads = False
     #: The weights are in memory once, however many buckets there are.
     holds_weights_once = False
-    #: A bucket's first call runs what all later ones do: nothing is recorded or optimised by the second or third.
+    #: A bucket's first call is like all later ones. (Not of torch.compile: what a call leaves on the module, the last
+    #: size in an attribute for one, may be guarded, so that the second call compiles once more.)
     settles_at_once = False
     #: The module's declared state is read and written where it lies.
     keeps_state = False

@@ -62,7 +62,6 @@ class TorchCompileEngine(Engine):
             bool(self._options.get("triton.cudagraphs")) or backend == "cudagraphs"
         )
         self.keeps_state = backend == "inductor"
-        self.settles_at_once = backend == "inductor" and not self._on_cuda
         self._run: Runner | None = None
         self._before = count_compilations()
         self._notes: list[str] = []

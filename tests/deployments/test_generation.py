@@ -130,11 +130,22 @@ def test_who_looks_back_is_not_run_ahead_of() -> None:
     assert found == [([0, 1, 2, 3, 4, 5], [0] * 9)] * 2
 
 
+def test_who_has_a_last_token_does_not_wait_for_a_newcomers_whole_prompt() -> None:
+    run = Counting()
+    slots = make_slots(run, runs_ahead=True)
+    first = ask(slots, [1], 1)
+    slots.step()
+    assert not first.tokens
+    ask(slots, list(range(30)), 1)
+    assert [what for _, what in slots.step().events] == [Picked(2), "length"]
+    assert [call[:2] for call in run.calls] == [("prefill", 4), ("prefill", 16)]
+
+
 def test_who_has_ended_before_another_ones_failure_is_not_run_again() -> None:
     run = Counting()
     slots = make_slots(run, slots=3, runs_ahead=True)
     bad, ended, last = ask(slots, [20], 9), ask(slots, [30], 9, ends=frozenset([33])), ask(slots, [40], 9)
-    run.fails_on = {24}  # at the first step of all three; what the one before it picked is unread then, 33 too
+    run.fails_on = {24}  # at the second step of all three; what the first picked is unread then, 33 too
     found = ends(finish(slots))
     assert (bad.tokens, ended.tokens, last.tokens) == ([21, 22, 23, 24], [31, 32, 33], list(range(41, 50)))
     assert isinstance(found[id(bad)], ModelFailed)

@@ -8,8 +8,9 @@ from torch import nn
 
 from optim.buckets import Bucket
 from optim.config import Pt2Config
-from optim.engines import EngineJob
+from optim.engines import EngineJob, make_engine
 from optim.engines.base import Engine, Runner
+from optim.engines.choice import _MAKERS
 from optim.reference import Reference
 from optim.trial import Trial
 from optim.verify import Mismatch, compare
@@ -87,6 +88,32 @@ def test_code_is_warmed_up_as_often_as_it_needs_or_is_asked_for(
         assert trial.prepare() is None and not trial.prove(Bucket(2))
         data = len(list(reference.data(Bucket(2))))
     assert engine.calls == calls + data
+
+
+def test_which_engines_one_call_is_enough_for() -> None:
+    with torch.no_grad():
+        module = models.Mlp().eval()
+        reference = Reference(module, models.features, (Bucket(2),), CPU)
+        job = EngineJob.of(module, Pt2Config.parse({}), reference, CPU, "forward")
+    names = (*_MAKERS, "aot_eager")
+    settling = {name for name in names if make_engine(name, job).settles_at_once}
+    assert settling == {"aot", "aot-amx", "channels_last", "onnxruntime", "openvino"}
+
+
+def test_code_that_changes_its_inputs_leaves_the_examples_as_they_are() -> None:
+    class Zeroes(Engine):
+        def compile(self, bucket: Bucket) -> Runner:
+            return lambda x: (self.job.module(x), x.zero_())[0]
+
+    with torch.no_grad():
+        module = models.Mlp().eval()
+        reference = Reference(module, models.features, (Bucket(2),), CPU)
+        job = EngineJob.of(module, Pt2Config.parse({}), reference, CPU, "forward")
+        trial = Trial(Zeroes(job), reference, 60.0)
+        assert trial.prepare() is None
+        (refusal,) = trial.prove(Bucket(2)).values()
+        assert "changes its inputs" in refusal.message
+        assert torch.equal(reference.samples[Bucket(2)][0], models.features(2)[0])
 
 
 def test_what_eager_answers_an_example_with_is_computed_once_and_kept_apart() -> None:
