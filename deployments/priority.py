@@ -36,7 +36,7 @@ def last_in_line() -> Iterator[bool]:
     It is not where the system would not let this process come back to its priority: Linux asks for CAP_SYS_NICE or
     RLIMIT_NICE. Only Linux has a priority for each thread; those started meanwhile inherit it.
     """
-    usual = int(os.environ.get(SERVING, os.getpriority(os.PRIO_PROCESS, 0)))
+    usual = _usual()
     if not may_come_back(usual):
         yield False
         return
@@ -44,6 +44,13 @@ def last_in_line() -> Iterator[bool]:
     try:
         yield True
     finally:
+        _set_all(usual)
+
+
+def come_forward() -> None:
+    """Give this process the priority of what serves, if it started nicer and the system lets it."""
+    usual = _usual()
+    if os.getpriority(os.PRIO_PROCESS, 0) > usual and may_come_back(usual):
         _set_all(usual)
 
 
@@ -107,6 +114,10 @@ def may_come_back(usual: int) -> bool:
     thread.start()
     thread.join()
     return bool(found)
+
+
+def _usual() -> int:
+    return int(os.environ.get(SERVING, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def _threads(process: int | None = None) -> set[int]:

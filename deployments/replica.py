@@ -7,7 +7,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 import ray
@@ -24,6 +24,7 @@ from deployments.http_host import find_http_host
 from deployments.keys import Keys
 from deployments.metrics import ModelMetrics
 from deployments.model_thread import ModelThread
+from deployments.outage import comes_first
 from deployments.priority import bring_forward_what_serves, last_in_line
 from deployments.served import Served
 from deployments.sharing import ClusterShare
@@ -59,8 +60,12 @@ class Replica(InferenceServicer):
         self._share = ClusterShare()
         self._looking_around: asyncio.Task[None] | None = None
         self._thread = ModelThread(args.name or "", self._metrics.record_batch)
-        with last_in_line() as waits:
-            logger.info("the start %s other processes", "gives way to" if waits else "does not give way to")
+        first = await asyncio.to_thread(comes_first)
+        with nullcontext(False) if first else last_in_line() as waits:
+            if first:
+                logger.info("the start comes first: nothing serves this model now")
+            else:
+                logger.info("the start %s other processes", "gives way to" if waits else "does not give way to")
             await asyncio.wrap_future(self._thread.call(lambda: self._load(device, threads)))
         await asyncio.to_thread(bring_forward_what_serves)
         self._record_reports()

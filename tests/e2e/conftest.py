@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -216,6 +217,16 @@ def pid_of(server: Server, name: str) -> int | None:
     except OSError:
         return None
     return int(json.loads(body)["pid"]) if status == 200 else None
+
+
+def came_first(server: Server, pid: int | None, deadline_s: float = 60) -> bool:
+    """Return whether the start of a replica came before other work; by its log, which Ray prints a little later."""
+    said = re.compile(rf" pid={pid}\).* -- the start (comes first|gives way|does not give way)")
+    end = time.monotonic() + deadline_s
+    while (found := said.search(server.log.read_text())) is None:
+        assert time.monotonic() < end, f"process {pid} does not say how it started"
+        time.sleep(0.2)
+    return found[1] == "comes first"
 
 
 @dataclass

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.conftest import Answer, Server, describe, haproxy_folder, pid_of, steady_requests
+from tests.e2e.conftest import Answer, Server, came_first, describe, haproxy_folder, pid_of, steady_requests
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -65,6 +65,7 @@ def test_a_new_version_takes_over_and_a_broken_one_does_not(server: Server) -> N
         wait_for(lambda: replicas_of(answers, 200).isdisjoint({old}), server)
         assert version_of(server, "rolling") == "2"
         (new,) = replicas_of(answers, 200)
+        assert not came_first(server, new), "the old one serves meanwhile"
 
         server.change("rolling", args={"version": "3", "model_args": {"fails": True}})
         wait_for(lambda: "these weights are broken" in server.log.read_text(), server)

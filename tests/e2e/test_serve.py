@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.e2e.conftest import JSON, KEY, ROOT, ROW, Server, describe, pid_of
+from tests.e2e.conftest import JSON, KEY, ROOT, ROW, Server, came_first, describe, pid_of
 
 pytestmark = [
     pytest.mark.e2e,
@@ -78,6 +78,8 @@ def test_a_killed_replica_is_replaced(server: Server) -> None:
     assert first is not None
     os.kill(first, signal.SIGKILL)
     wait_for_another_replica(server, "tiny", first)
+    assert not came_first(server, first)
+    assert came_first(server, pid_of(server, "tiny")), "nothing else served its model"
     report = describe(server, "/tiny/models/tiny")
     assert {b["engine"] for b in report["buckets"]} == {"pt2test_faithful"}
 
