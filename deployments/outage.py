@@ -30,40 +30,43 @@ def ask_early() -> None:
     _asked = answer
 
     def ask() -> None:
-        down = False
+        first = False
         try:
-            down = is_down(*name)
-            if down:
+            if is_down(*name):
                 come_forward()
+                first = True
         finally:
-            answer.set_result(down)
+            answer.set_result(first)
 
     Thread(target=ask, name="outage", daemon=True).start()
 
 
 def comes_first() -> bool:
-    """Return whether this replica is to start before other work, since nothing else serves its model; it may wait."""
+    """Return whether this replica's start is to come before other work, as `is_down` says; it waits for Ray Serve."""
     ask_early()
     return _asked is not None and _asked.result()
 
 
 def is_down(application: str, deployment: str) -> bool:
-    """Return whether a model that was served has no replica left, or none yet that an autoscaler was asked for.
+    """Return whether a deployment has no replica that serves, after one failed or since its autoscaler had none.
 
-    A first version is not down, nor a new one: who deploys them knows when. One that does not start is not either any
-    more, and does not take what others need each time it is tried again.
+    While a first or another version is deployed it is not: who does that knows when, and Ray Serve does not tell which.
+    It is not either once Ray has tried to replace it in vain (three times where there is one replica), so that what
+    cannot start does not take from others for good.
     """
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve._private.common import DeploymentStatusTrigger, ReplicaState
+    from ray.serve.exceptions import RayServeException
 
     try:
         status = serve.status().applications[application].deployments[deployment]
-    except (RayError, KeyError) as error:
+    except (RayError, RayServeException, KeyError) as error:
         logger.warning("whether %s is down could not be asked, its start gives way: %r", deployment, error)
         return False
     lost = status.status_trigger in (DeploymentStatusTrigger.HEALTH_CHECK_FAILED, DeploymentStatusTrigger.AUTOSCALING)
-    return lost and not status.replica_states.get(ReplicaState.RUNNING)
+    serving = (ReplicaState.RUNNING, ReplicaState.PENDING_MIGRATION)
+    return lost and not any(status.replica_states.get(state) for state in serving)
 
 
 def _own_name() -> tuple[str, str] | None:
@@ -76,5 +79,8 @@ def _own_name() -> tuple[str, str] | None:
     name = ray.get_runtime_context().get_actor_name()
     if not name or not ReplicaID.is_full_id_str(name):
         return None
-    own = ReplicaID.from_full_id_str(name).deployment_id
+    try:
+        own = ReplicaID.from_full_id_str(name).deployment_id
+    except ValueError:  # an application whose name has a '#', at which Ray splits
+        return None
     return own.app_name, own.name

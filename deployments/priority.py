@@ -2,7 +2,8 @@
 
 `make serve` starts all of Ray nicer than what serves (where the system lets processes come back from there), so that
 also what Ray does before our code runs (an interpreter, its imports), and beside it, takes little from requests: a
-replica comes forward when it is ready, and with it Ray Serve's processes that requests pass through or replicas need.
+replica comes forward when it is ready (before, where nothing else serves its model: `outage`), and with it Ray Serve's
+processes that requests pass through or replicas need.
 """
 
 from __future__ import annotations

@@ -160,6 +160,17 @@ def test_a_replica_that_started_nicer_comes_forward_when_it_is_ready() -> None:
     assert run_nicer(start, **{SERVING: str(os.getpriority(os.PRIO_PROCESS, 0))}) == 0
 
 
+def test_what_serves_at_once_comes_forward_at_once() -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    with last_in_line() as may_come_back:
+        if not may_come_back:
+            pytest.skip("this process may not raise its priority again")
+    program = "from deployments.priority import come_forward; come_forward()"
+    assert run_nicer(program, **{SERVING: str(usual)}) == 0
+    assert run_nicer(program, **{SERVING: str(usual + 6)}) == 5, "it does not step back"
+    assert run_nicer(program) == 5, "where Ray did not start nicer, nothing changes"
+
+
 def test_a_build_gives_way_once() -> None:
     build = "from deployments.priority import last_in_line_for_good; last_in_line_for_good()"
     assert run_nicer(build) == 5 + NICER

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
+from deployments.priority import may_come_back
+from deployments.processes import children, title
 from tests.e2e.conftest import Answer, Server, came_first, describe, haproxy_folder, pid_of, steady_requests
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -56,6 +59,21 @@ def replicas_haproxy_knows(server: Server, name: str) -> Iterator[list[int]]:
 def replicas_of(answers: list[Answer], last: int) -> set[int | None]:
     """Return the processes that the last answers are from."""
     return {answer.pid for answer in answers[-last:]}
+
+
+def test_what_serves_is_no_nicer_than_before_ray(server: Server) -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    if not may_come_back(usual):
+        pytest.skip("this process may not raise its priority again")
+    found = {}
+    below = [server.process.pid]
+    for process in below:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            below += children(process)
+            found[title(process).partition(".")[0]] = os.getpriority(os.PRIO_PROCESS, process) - usual
+    replicas = {name: nicer for name, nicer in found.items() if name.startswith("ray::ServeReplica:")}
+    assert len(replicas) >= 10 and "ray::ServeReplica:gateway:gateway" in replicas
+    assert set(replicas.values()) == {found["ray::ServeController"]} == {found["ray::HAProxyManager"]} == {0}
 
 
 def test_a_new_version_takes_over_and_a_broken_one_does_not(server: Server) -> None:

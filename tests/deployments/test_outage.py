@@ -1,0 +1,49 @@
+"""Whether a model is down, by what Ray Serve says of its deployment; the rest is tested end to end."""
+
+from __future__ import annotations
+
+import pytest
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
+
+from deployments.outage import comes_first, is_down
+
+STARTING, RUNNING = ReplicaState.STARTING, ReplicaState.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("status", "trigger", "replicas", "down"),
+    [
+        ("UNHEALTHY", "HEALTH_CHECK_FAILED", {STARTING: 1}, True),
+        ("UNHEALTHY", "HEALTH_CHECK_FAILED", {STARTING: 1, RUNNING: 0, ReplicaState.STOPPING: 1}, True),
+        ("UNHEALTHY", "HEALTH_CHECK_FAILED", {STARTING: 1, RUNNING: 1}, False),
+        ("UNHEALTHY", "HEALTH_CHECK_FAILED", {STARTING: 1, ReplicaState.PENDING_MIGRATION: 1}, False),
+        ("UNHEALTHY", "REPLICA_STARTUP_FAILED", {STARTING: 1}, False),
+        ("UPSCALING", "AUTOSCALING", {STARTING: 1}, True),
+        ("UPSCALING", "AUTOSCALING", {STARTING: 1, RUNNING: 1}, False),
+        ("UPDATING", "CONFIG_UPDATE_STARTED", {STARTING: 1}, False),
+    ],
+)
+def test_what_is_down(
+    monkeypatch: pytest.MonkeyPatch, status: str, trigger: str, replicas: dict[ReplicaState, int], down: bool
+) -> None:
+    found = DeploymentStatusOverview(DeploymentStatus(status), DeploymentStatusTrigger(trigger), replicas, "")
+    overview = ApplicationStatusOverview(ApplicationStatus.RUNNING, "", 0.0, {"ranker": found})
+    monkeypatch.setattr("ray.serve.status", lambda: ServeStatus(applications={"shop": overview}))
+    assert is_down("shop", "ranker") is down
+
+
+def test_what_cannot_be_asked_gives_way(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def status() -> ServeStatus:
+        raise RayServeException("no controller")
+
+    monkeypatch.setattr("ray.serve.status", status)
+    assert not is_down("shop", "ranker")
+    monkeypatch.setattr("ray.serve.status", ServeStatus)
+    assert not is_down("shop", "ranker")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+def test_a_process_that_is_no_replica_does_not_ask() -> None:
+    assert not comes_first()
