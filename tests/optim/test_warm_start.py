@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,22 @@ def test_a_plan_that_is_slower_than_eager_now_is_thrown_away(monkeypatch: pytest
     assert model.report.start == "cold"
     assert set(model.report.engines().values()) == {"eager"}
     assert any("its plan does not hold any more" in note and "slower than eager" in note for note in model.report.notes)
+
+
+def test_a_plan_outlives_a_call_that_had_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
+
+    def time_in_turn(runs: Sequence[Any], *args: Any, min_rounds: int = 5, **kwargs: Any) -> list[float]:
+        rounds.append(min_rounds)
+        return [9.0, 2.0] if min_rounds == 1 else [1.0, 2.0]
+
+    monkeypatch.setattr("optim.builder.time_in_turn", time_in_turn)
+    section = {"compile": {"backend": "pt2test_faithful"}}
+    build(pt2=section)
+    rounds.clear()
+    report = build(pt2=section).report
+    assert (report.start, set(report.engines().values())) == ("warm", {"pt2test_faithful"})
+    assert rounds == [1, 5] * 2, "at both ends a few calls, and then as many as for a new plan"
 
 
 def test_a_plan_for_something_else_is_not_believed() -> None:
