@@ -7,6 +7,7 @@ from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger,
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 
+from deployments import outage
 from deployments.outage import comes_first, is_down
 
 STARTING, RUNNING = ReplicaState.STARTING, ReplicaState.RUNNING
@@ -47,3 +48,4 @@ def test_what_cannot_be_asked_gives_way(monkeypatch: pytest.MonkeyPatch, caplog:
 
 def test_a_process_that_is_no_replica_does_not_ask() -> None:
     assert not comes_first()
+    assert outage._asked is None
