@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import IO, Any
 import torch
 
 from optim.buckets import Bucket
+from optim.budget import Budget
 from optim.child import Child, NotCarried, be_a_child, pack, unpack
 from optim.engines import EngineJob
 from optim.race import Event, Note, Race, Round, Standing, not_tried
@@ -53,15 +53,21 @@ def race_apart(
                 name = event.engine if isinstance(event, Refusal) else event
                 if name in waiting:  # it has its turn, or is said to get none
                     waiting.remove(name)
-            budget_s -= running.raced_s
+            budget_s -= running.spent_s
             if running.finished:
                 return standing
-            if turn is None:
-                raise NotCarried(f"the process that was to hold the race {running.end}")
             stage = "budget" if running.had_no_time else "build"
-            lost = Refusal(turn, stage, None, None, f"its process {running.end}")
-            standing.take(lost)
-            tell(lost)
+            if turn is not None:
+                lost = [Refusal(turn, stage, None, None, f"its process {running.end}")]
+            elif len(waiting) == len(names):
+                raise NotCarried(f"the process that was to hold the race {running.end}")
+            else:  # not in this process either: here they would be raced that have ended a process before
+                message = f"not tried: the process that was to go on with the race {running.end}"
+                lost = [Refusal(name, stage, None, None, message) for name in waiting]
+                waiting = []
+            for refusal in lost:
+                standing.take(refusal)
+                tell(refusal)
         for late in map(not_tried, waiting):
             standing.take(late)
             tell(late)
@@ -73,7 +79,6 @@ class _Racing:
 
     def __init__(self, folder: Path, names: Sequence[str], buckets: Sequence[Bucket], budget_s: float) -> None:
         self.finished = False
-        self.raced_s = 0.0
         self._budget_s = budget_s
         sizes = [[bucket.batch_size, bucket.length] for bucket in buckets]
         order = {"names": list(names), "buckets": sizes, "budget_s": budget_s}
@@ -84,6 +89,11 @@ class _Racing:
     def end(self) -> str:
         """How the process ended."""
         return self._child.end
+
+    @property
+    def spent_s(self) -> float:
+        """What it has spent of its budget."""
+        return self._child.spent_s
 
     @property
     def had_no_time(self) -> bool:
@@ -102,8 +112,6 @@ class _Racing:
                     return
                 yield _decode(kind, message)
         finally:
-            if child.started is not None:
-                self.raced_s = time.monotonic() - child.started
             child.stop()
 
 
@@ -133,9 +141,9 @@ def _hold_race(folder: Path, pipe: IO[bytes]) -> None:
     with torch.no_grad():
         given = unpack(folder)
         pipe.write(b"ready\n")
-        deadline = time.monotonic() + order["budget_s"]
+        budget = Budget(order["budget_s"])
         buckets = [Bucket(*size) for size in order["buckets"]]
-        Race(given.job, given.reference, order["names"], deadline, tell, buckets=buckets, expendable=True).run()
+        Race(given.job, given.reference, order["names"], budget, tell, buckets=buckets, expendable=True).run()
     pipe.write(b'{"event": "done"}\n')
 
 

@@ -32,7 +32,6 @@ from optim.reference import Reference
 from optim.report import BucketReport, CompileReport, Refusal, announce
 from optim.share import Exchange
 from optim.start import Start, clock
-from optim.timing import time_in_turn
 from optim.verify import Mismatch, compare
 
 logger = logging.getLogger(__name__)
@@ -40,8 +39,6 @@ logger = logging.getLogger(__name__)
 #: How much nicer the other process is: a core that both want is then shared 28 to 1 (Linux's weights, sched(7)). At 19
 #: it would never get done beside an eager model that is busy all the time; at 10, requests waited for it now and then.
 _NICER = 15
-#: What the other process may need to start on a machine that is busy answering, seconds.
-_START_S = 900.0
 
 Change = Callable[[], None]
 Carried = tuple[EngineJob, Reference, tempfile.TemporaryDirectory[str]]
@@ -65,7 +62,6 @@ def put_off(todo: PutOff, job: EngineJob, reference: Reference, names: list[str]
     """Return it with all that is needed to do it later; NotCarried where the module cannot be copied or carried."""
     twin = _share_weights(job.module)
     smallest = job.samples[min(job.samples)]
-    quiet_ms, *_ = time_in_turn([job.module], smallest, job.info.device, min_rounds=2, budget_s=0.1)
     try:
         compare(twin(*smallest), reference.run(smallest))
     except Mismatch as error:
@@ -75,7 +71,6 @@ def put_off(todo: PutOff, job: EngineJob, reference: Reference, names: list[str]
         "made_for": todo.made_for,
         "streams": todo.streams,
         "streams_must_pay": todo.streams_must_pay,
-        "quiet_ms": quiet_ms,
     }
     pack(Path(folder.name), replace(job, config=job.config.at_start()), reference, names, **given)
     return replace(
@@ -165,7 +160,7 @@ class Background:
         if self._stopped.is_set():
             child.kill()
         try:
-            told = [json.loads(line) for line in child.lines(None, _START_S)]
+            told = [json.loads(line) for line in child.lines(None)]
         finally:
             self._child = None  # `stop` has nothing to end: the process's number may be another's soon
             child.stop()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ import torch
 
 from optim import pages
 from optim.buckets import Bucket
+from optim.budget import Budget
 from optim.config import OPTIONAL_BACKENDS, OWN_BACKENDS
 from optim.device import is_room_for
 from optim.engines import EngineJob
@@ -29,7 +29,7 @@ from optim.reference import Reference
 
 _FILE = "job.pt"
 #: What a process needs to start and load torch, the model and its eager figures, seconds.
-START_S = 120.0
+_START_S = 120.0
 
 
 class NotCarried(Exception):
@@ -113,8 +113,8 @@ class Child:
         self.end = "never started"
         self.had_no_time = False
         """Whether it was given up for what it took."""
-        self.started: float | None = None
-        """When it said that it is ready, on time.monotonic's clock."""
+        self._budget: Budget | None = None
+        self._is_ready = False
         self._log = folder / "stderr"
         read, write = os.pipe()
         # The same import paths as here, and not this process's __main__.
@@ -144,21 +144,28 @@ class Child:
         """The process."""
         return self._process.pid
 
-    def lines(self, seconds: float | None, start_s: float = START_S) -> Iterator[bytes]:
+    @property
+    def spent_s(self) -> float:
+        """What it has spent of the seconds that it may take once it is ready."""
+        return self._budget.spent_s if self._is_ready and self._budget else 0.0
+
+    def lines(self, seconds: float | None) -> Iterator[bytes]:
         """Yield what it tells until it ends, or has had so many seconds since it was ready (None: any number).
 
-        It has to be ready within `start_s`.
+        What it waited for a core does not count, nor while it starts.
         """
+
+        def has_data(wait_s: float | None) -> bool:
+            return bool(select.select([self._pipe], [], [], wait_s)[0])
+
         pending = b""
-        deadline = time.monotonic() + start_s
+        self._budget = Budget(_START_S, self.pid)
         while True:
-            is_bounded = self.started is None or seconds is not None
-            wait_s = max(deadline - time.monotonic(), 0) if is_bounded else None
-            if not select.select([self._pipe], [], [], wait_s)[0]:
+            if not (self._budget.wait(has_data) if self._budget else has_data(None)):
                 self.had_no_time = True
                 self.end = f"did not end within {seconds:.0f} s and was stopped"
-                if self.started is None:
-                    self.end = f"was not ready within {start_s:.0f} s"
+                if not self._is_ready:
+                    self.end = f"was not ready within {_START_S:.0f} s"
                 return
             data = self._pipe.read(65536)
             if not data:
@@ -166,9 +173,9 @@ class Child:
                 return
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
-                if line == b"ready" and self.started is None:
-                    self.started = time.monotonic()
-                    deadline = self.started + (seconds or 0)
+                if line == b"ready" and not self._is_ready:
+                    self._is_ready = True
+                    self._budget = None if seconds is None else Budget(seconds, self.pid)
                 else:
                     yield line
 

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from optim.budget import Budget
+
 T = TypeVar("T")
 
 #: How long an interrupted call may take to unwind before it is left behind, seconds.
@@ -37,8 +39,9 @@ def stuck_calls() -> tuple[str, ...]:
 def run_within(seconds: float, what: str, function: Callable[[], T], *, inline: bool = False) -> T:
     """Run a function on a helper thread and return its result; OutOfTime where it takes longer than `seconds`.
 
-    On a time-out its child processes (a hanging C++ compiler) are ended and an exception is raised in the thread. A
-    thread that sits in a C call stays; it is a daemon, is named in `stuck_calls`, and the caller goes on without it.
+    Those that it waits for a core do not count (see `Budget`). On a time-out its child processes (a hanging C++
+    compiler) are ended and an exception is raised in the thread. A thread that sits in a C call stays; it is a daemon,
+    is named in `stuck_calls`, and the caller goes on without it.
     `inline` runs it on the calling thread, as CUDA graphs need it (their state belongs to the thread); there
     only Python code and child processes can be interrupted.
     """
@@ -57,7 +60,12 @@ def run_within(seconds: float, what: str, function: Callable[[], T], *, inline: 
 
     thread = threading.Thread(target=call, name=f"optim: {what}", daemon=True)
     thread.start()
-    thread.join(seconds)
+
+    def has_ended(wait_s: float) -> bool:
+        thread.join(wait_s)
+        return not thread.is_alive()
+
+    Budget(seconds).wait(has_ended)
     if thread.is_alive():
         _interrupt(thread, set())
         thread.join(GRACE_S)
@@ -78,7 +86,7 @@ def _run_inline(seconds: float, what: str, function: Callable[[], T]) -> T:
     fired: list[bool] = []
 
     def watch() -> None:
-        if not done.wait(seconds):
+        if not Budget(seconds).wait(done.wait):
             fired.append(True)
             _interrupt(me, before)
 

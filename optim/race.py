@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from optim.buckets import Bucket
+from optim.budget import Budget
 from optim.builder import serving
 from optim.engines import EngineJob, make_engine
 from optim.engines.base import Runner
@@ -163,9 +163,8 @@ class Race:
     It is held on all of the job's buckets, or on those given, by the buckets' examples. Engines that take requests as
     they are, where the others pad them, are timed on an example of their average length, if there is one (MiniLM: IPEX,
     4 % faster than OpenVINO at the buckets' own lengths, served 12 to 27 % fewer texts a second).
-    `deadline` is on the clock of time.monotonic(). `tell` sees everything as it happens. In an `expendable`
-    process an engine that runs out of memory falls out; else that is an error. All engines live on the calling thread,
-    which must own the model.
+    `tell` sees everything as it happens. In an `expendable` process an engine that runs out of memory falls out; else
+    that is an error. All engines live on the calling thread, which must own the model.
     """
 
     def __init__(
@@ -173,14 +172,14 @@ class Race:
         job: EngineJob,
         reference: Reference,
         names: Sequence[str],
-        deadline: float,
+        budget: Budget,
         tell: Callable[[Event], None] = lambda event: None,
         *,
         buckets: Iterable[Bucket] | None = None,
         expendable: bool = False,
     ) -> None:
         self._job, self._reference = job, reference
-        self._names, self._deadline = list(names), deadline
+        self._names, self._budget = list(names), budget
         self._tell, self._expendable = tell, expendable
         self.standing = Standing()
         #: The engines close to the best of each bucket so far.
@@ -194,7 +193,7 @@ class Race:
         for bucket in self._in_race:
             self._time(bucket)
         for name in self._names:
-            left = self._deadline - time.monotonic()
+            left = self._budget.left_s
             if left <= 0:
                 self._report(not_tried(name))
                 continue
@@ -230,10 +229,10 @@ class Race:
                 message = f"not built: it was {' and '.join(hopeless)}"
                 self._report(Refusal(name, "time", str(bucket), None, message))
                 continue
-            if time.monotonic() > self._deadline:
+            if self._budget.left_s <= 0:
                 self._report(not_tried(name, bucket))
                 continue
-            trial.limit_s = max(self._deadline - time.monotonic(), 1.0)
+            trial.limit_s = max(self._budget.left_s, 1.0)
             for refusal in trial.prove(bucket).values():
                 self._report(refusal)
             if bucket not in trial.proven:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from optim.arena import race_apart
 from optim.buckets import Bucket, pick_probes
+from optim.budget import Budget
 from optim.builder import Builder
 from optim.child import NotCarried
 from optim.engines import EngineJob
@@ -19,7 +20,7 @@ from optim.plan import BadPlan, Plan
 from optim.race import Event, Race, Standing, nearest, rank
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport
-from optim.streams import NoStreams, Streams, build_streams
+from optim.streams import NoRoom, NoStreams, Streams, build_streams
 from optim.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -102,10 +103,7 @@ class Start:
             if self._streams > 1:
                 report.notes.append("one run at a time, as the plan says")
             return lanes, None
-        beside = self._build_streams(job, lanes, plan)
-        if beside is None:
-            raise BadPlan(f"its plan does not hold any more: {report.notes.pop()}")
-        return lanes, beside
+        return lanes, self._build_streams(job, lanes, plan)
 
     def _rank(self, standing: Standing) -> dict[Bucket, list[str]]:
         """Return the engines to build for each bucket, the best first; none where eager won or nothing was timed.
@@ -138,7 +136,12 @@ class Start:
                     plan=plan,
                 )
         except NoStreams as reason:
+            if plan is not None and not isinstance(reason, NoRoom):
+                raise BadPlan(f"its plan does not hold any more: one run at a time: {reason}") from reason
+            # While versions are rolled out the old one has the memory: no reason to have engines compete again.
             self._report.notes.append(f"one run at a time: {reason}")
+            if plan is not None:
+                logger.warning("one run at a time, though the plan has %d: %s", plan.streams, reason)
             return None
         self._report.streams = found.count
         return found
@@ -155,7 +158,7 @@ def _race(
         except NotCarried as reason:
             report.notes.append(f"the race was held in this process: {reason}")
             logger.info("the race is held in this process: %s", reason)
-    race = Race(job, reference, names, time.monotonic() + budget_s, _tell, buckets=buckets)
+    race = Race(job, reference, names, Budget(budget_s), _tell, buckets=buckets)
     return race.run(), race.trials
 
 

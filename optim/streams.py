@@ -36,6 +36,10 @@ class NoStreams(Exception):
     """There are none; the message is the reason."""
 
 
+class NoRoom(NoStreams):
+    """Memory is short, which another start need not find."""
+
+
 @dataclass(frozen=True)
 class Streams:
     """What serves each bucket on a stream, the ms of a run while all streams run, and the threads of each."""
@@ -82,7 +86,7 @@ def build_streams(
     number = len({lane.engine.name if _is_one(lane.engine) else bucket for bucket, lane in lanes.items()})
     if not is_room_for(job.weight_bytes * number):
         copies = f"{number} more copies of {job.weight_bytes >> 20} MiB"
-        raise NoStreams(f"{copies} might not leave half of the free memory")
+        raise NoRoom(f"{copies} might not leave half of the free memory")
     threads = torch.get_num_threads() // count
     with _threads(threads):
         # With a plan, the whole of what is built was held against eager more than once, on other threads.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -14,6 +13,7 @@ import torch
 from optim import pages
 from optim.attention import attention, with_precision
 from optim.buckets import Bucket, pick_between
+from optim.budget import Budget
 from optim.config import Pt2Config
 from optim.deadline import OutOfTime, run_within, stuck_calls
 from optim.engines.base import Engine, Runner, Unavailable
@@ -57,7 +57,7 @@ class Trial:
 
     def prepare(self) -> Refusal | None:
         """Run preflight and build; return why the engine cannot be used at all, if so."""
-        engine, stage, started = self.engine, "preflight", time.monotonic()
+        engine, stage, budget = self.engine, "preflight", Budget(self.limit_s)
         try:
             if engine.needs_dynamo and stuck_calls():
                 raise Unavailable(f"an earlier compilation hangs and holds Dynamo's lock ({stuck_calls()[0]})")
@@ -67,7 +67,7 @@ class Trial:
             stage = "build"
             self._bounded(self._build, f"{engine.name}: build")
             if engine.takes_any_size and not engine.guards_sizes and self.is_thorough:
-                self.why_fixed = self._look_between(self.limit_s - (time.monotonic() - started))
+                self.why_fixed = self._look_between(budget.left_s)
                 if self.why_fixed is not None:
                     engine.fix_sizes()
         except OutOfTime as reason:

@@ -17,15 +17,10 @@ import torch
 from torch import nn
 
 from optim import CompiledModel, compile_model
-from optim.buckets import make_grid
 from optim.cache import Cache, default_folder
 from optim.config import Pt2Config
 from optim.device import inspect_device
-from optim.engines import EngineJob
 from optim.errors import ConfigError
-from optim.filler import allow_for_others
-from optim.reference import Reference
-from optim.start import RACE_BUDGET_S
 from optim.verify import compare
 from tests.support import backends, models
 
@@ -271,15 +266,3 @@ def test_it_goes_with_ahead_of_time_compilation() -> None:
     assert (config.compile.when, config.export.aot_compile) == ("background", True)
     with pytest.raises(ConfigError, match=r"pt2\.export\.aot_compile"):
         Pt2Config.parse({"compile": {"when": "background", "mode": "default"}, "export": {"aot_compile": True}})
-
-
-@pytest.mark.parametrize(("quiet_ms", "stretch"), [(1e-9, 10.0), (1e9, 1.0)])
-def test_a_race_beside_a_busy_replica_gets_more_time(quiet_ms: float, stretch: float) -> None:
-    module = models.Mlp().eval()
-    device = torch.device("cpu")
-    with torch.no_grad():
-        reference = Reference(module, models.features, make_grid((1, 4)), device)
-        job = EngineJob.of(module, Pt2Config.parse(None), reference, device, "forward")
-        assert allow_for_others(job, quiet_ms).config.tune.budget_s == RACE_BUDGET_S * stretch
-        named = EngineJob.of(module, Pt2Config.parse("inductor"), reference, device, "forward")
-        assert allow_for_others(named, quiet_ms).config.tune.budget_s is None

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import nn
 
 from optim import Bucket, CompiledModel, compile_model
 from optim.buckets import make_grid
+from optim.budget import Budget
 from optim.config import Pt2Config
 from optim.engines.base import Engine, EngineJob
 from optim.race import SIMPLICITY, TIE, Race, Round, rank
@@ -113,6 +114,30 @@ def test_a_crash_costs_the_engine_that_crashed() -> None:
     assert refusal.engine == "pt2test_crashes"
     assert "was killed by SIGSEGV" in refusal.message
     assert set(model.report.engines().values()) == {"pt2test_faithful"}
+    equal_to_eager(model, module)
+
+
+@pytest.mark.any_torch
+def test_where_a_crash_leaves_no_process_to_go_on_nothing_is_raced_in_this_one(tmp_path: Path) -> None:
+    parent, seen = os.getpid(), tmp_path / "seen"
+
+    class LoadsOnce(models.Mlp):
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.__dict__.update(state)
+            if os.getpid() != parent:
+                if seen.exists():
+                    os._exit(3)
+                seen.touch()
+
+    module = LoadsOnce().eval()
+    section = race("pt2test_crashes", "pt2test_faithful", "pt2test_slow")
+    model = compile_model(module, models.features, section, batch_sizes=(1,), device="cpu")
+    reasons = {r.engine: (r.stage, r.message) for r in model.report.refusals}
+    assert "was killed by SIGSEGV" in reasons.pop("pt2test_crashes")[1]
+    why = "not tried: the process that was to go on with the race ended with code 3"
+    assert reasons == {name: ("build", why) for name in ("pt2test_faithful", "pt2test_slow")}
+    assert not [note for note in model.report.notes if "in this process" in note]
+    assert model.report.engines() == {"1": "eager"}
     equal_to_eager(model, module)
 
 
@@ -219,7 +244,7 @@ def test_what_takes_requests_as_they_are_is_timed_on_their_average_length(
     def asked(reference: Reference, name: str, *, takes_any_size: bool = False, only: tuple[int, ...] = ()) -> set[int]:
         run, found = Lengths(), set[int]()
         job = EngineJob.of(run, Pt2Config.parse(None), reference, device, "forward")
-        race, engine = Race(job, reference, [], time.monotonic() + 60), Engine(job)
+        race, engine = Race(job, reference, [], Budget(60)), Engine(job)
         engine.takes_any_size, run.only = takes_any_size, only
         race.trials["some"] = Trial(engine, reference, 60, proven={b: Proven(run, Difference()) for b in job.samples})
         for bucket, inputs in job.samples.items():

@@ -99,6 +99,24 @@ def test_streams_that_do_not_pay_are_given_up(backend: str, monkeypatch: pytest.
     assert "one run at a time: 2 runs at a time do no more than 0.80 times" in " ".join(model.report.notes)
 
 
+@pytest.mark.parametrize("backend", ENGINES[:1])
+def test_where_a_warm_start_has_no_memory_for_them_the_plan_stays(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start() -> CompiledModel:
+        return build(models.Mlp().eval(), models.features, backend)
+
+    cold = start()
+    assert (cold.report.start, cold.report.streams) == ("cold", 2), cold.report.notes
+    with monkeypatch.context() as patch:
+        patch.setattr("optim.streams.is_room_for", lambda size: False)
+        short = start()
+    assert (short.report.start, short.report.streams, short.streams) == ("warm", 1, None)
+    assert "might not leave half of the free memory" in " ".join(short.report.notes)
+    again = start().report
+    assert (again.start, again.streams) == ("warm", 2)
+
+
 @pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
 def test_buckets_of_several_lengths_share_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     import openvino
