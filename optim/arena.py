@@ -53,7 +53,7 @@ def race_apart(
                 name = event.engine if isinstance(event, Refusal) else event
                 if name in waiting:  # it has its turn, or is said to get none
                     waiting.remove(name)
-            budget_s -= running.spent_s
+            budget_s = running.left_s
             if running.finished:
                 return standing
             stage = "budget" if running.had_no_time else "build"
@@ -91,9 +91,9 @@ class _Racing:
         return self._child.end
 
     @property
-    def spent_s(self) -> float:
-        """What it has spent of its budget."""
-        return self._child.spent_s
+    def left_s(self) -> float:
+        """What it has left of its budget."""
+        return self._child.left_s - _OVERRUN_S if self._child.is_ready else self._budget_s
 
     @property
     def had_no_time(self) -> bool:

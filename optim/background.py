@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 #: How much nicer the other process is: a core that both want is then shared 28 to 1 (Linux's weights, sched(7)). At 19
 #: it would never get done beside an eager model that is busy all the time; at 10, requests waited for it now and then.
 _NICER = 15
+#: What the other process may need to start on a machine that is busy answering, seconds.
+_START_S = 900.0
 
 Change = Callable[[], None]
 Carried = tuple[EngineJob, Reference, tempfile.TemporaryDirectory[str]]
@@ -160,7 +162,7 @@ class Background:
         if self._stopped.is_set():
             child.kill()
         try:
-            told = [json.loads(line) for line in child.lines(None)]
+            told = [json.loads(line) for line in child.lines(None, _START_S)]
         finally:
             self._child = None  # `stop` has nothing to end: the process's number may be another's soon
             child.stop()

@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-#: The most that a budget lasts longer than its seconds: also where nothing is got done, somebody waits for the start.
+#: The most that a budget is stretched, and the most seconds that it lasts longer: also where nothing is got done,
+#: somebody waits for the start.
 MOST_STRETCH = 10.0
+MOST_MORE_S = 600.0
+#: How often threads are looked at while they are waited for: what one did since the last look is lost when it ends.
+_LOOK_S = 1.0
 _LEAST_WAIT_S = 0.05
 
 
+class _Tally:
+    """How long the threads of a process have run, and how long they have waited for a core, ns, as far as seen.
+
+    Linux's schedstat tells it thread by thread, and no more once a thread has ended.
+    """
+
+    def __init__(self, pid: int | None) -> None:
+        self._folder = Path("/proc/self/task" if pid is None else f"/proc/{pid}/task")
+        self._lock = threading.Lock()
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._ran = self._waited = 0
+
+    def look(self) -> tuple[int, int]:
+        """Look at the threads that there are, and return the sums."""
+        found = {}
+        with self._lock:
+            with suppress(OSError):  # the process has ended, or this is no Linux
+                for path in self._folder.iterdir():
+                    with suppress(OSError):  # the thread has ended
+                        ran, waited, _ = map(int, (path / "schedstat").read_text().split())
+                        found[path.name] = ran, waited
+            for thread, (ran, waited) in found.items():
+                ran_before, waited_before = self._seen.get(thread, (0, 0))
+                # Less than before: another thread has got the number.
+                self._ran += max(ran - ran_before, 0)
+                self._waited += max(waited - waited_before, 0)
+            self._seen = found
+            return self._ran, self._waited
+
+
+_own = _Tally(None)
+
+
 class Budget:
-    """So many seconds from now on, stretched by how much longer a process takes because others have the cores.
+    """So many seconds from now on, stretched by how much longer a process takes because its threads wait for cores.
 
     A replica that starts beside a model under load gives way to it: in 60 s on the clock it may get no more done than
     in six on a machine of its own, and what had no time would be served eager (issue 5). `pid` is another process,
@@ -22,46 +60,25 @@ class Budget:
 
     def __init__(self, seconds: float, pid: int | None = None) -> None:
         self.seconds = seconds
-        self._threads = Path("/proc/self/task" if pid is None else f"/proc/{pid}/task")
-        self._before = self._read()
+        self._tally = _own if pid is None else _Tally(pid)
+        self._before = self._tally.look()
         self._started = time.monotonic()
-        self._stretch = 1.0
 
     @property
     def stretch(self) -> float:
-        """How much longer things have taken so far than they would have without others, 1 to `MOST_STRETCH`."""
-        ran = waited = 0
-        for thread, (its_run, its_wait) in self._read().items():
-            run_before, wait_before = self._before.get(thread, (0, 0))
-            ran += its_run - run_before
-            waited += its_wait - wait_before
-        if ran > 0:  # else the process has ended
-            self._stretch = min(1 + waited / ran, MOST_STRETCH)
-        return self._stretch
-
-    @property
-    def spent_s(self) -> float:
-        """What is spent of it, which may be more than all."""
-        return (time.monotonic() - self._started) / self.stretch
+        """How much longer things have taken so far than they would have with cores of their own, at most ten times."""
+        ran, waited = (now - before for now, before in zip(self._tally.look(), self._before, strict=True))
+        return min(1 + waited / ran, MOST_STRETCH) if ran else 1.0
 
     @property
     def left_s(self) -> float:
-        """What is left of it, below 0 where it is spent; at least as long it lasts."""
-        return self.seconds - self.spent_s
+        """What is left of it, 0 or less where it is spent."""
+        passed = time.monotonic() - self._started
+        return self.seconds - max(passed / self.stretch, passed - MOST_MORE_S)
 
     def wait(self, wait: Callable[[float], bool]) -> bool:
         """Call `wait` with seconds that it may take, until it returns true or the budget is spent; return whether."""
         while (left := self.left_s) > 0:
-            if wait(max(left, _LEAST_WAIT_S)):
+            if wait(min(max(left, _LEAST_WAIT_S), _LOOK_S)):
                 return True
-        return False
-
-    def _read(self) -> dict[str, tuple[int, int]]:
-        """Return for each thread how long it ran and how long it waited for a core, ns (Linux, sched-stats)."""
-        found = {}
-        with suppress(OSError):  # the process has ended, or this is no Linux
-            for path in self._threads.iterdir():
-                with suppress(OSError):  # the thread has ended
-                    ran, waited, _ = map(int, (path / "schedstat").read_text().split())
-                    found[path.name] = ran, waited
-        return found
+        return wait(0)

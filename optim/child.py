@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import select
@@ -114,7 +115,8 @@ class Child:
         self.had_no_time = False
         """Whether it was given up for what it took."""
         self._budget: Budget | None = None
-        self._is_ready = False
+        self.is_ready = False
+        """Whether it has said that it is."""
         self._log = folder / "stderr"
         read, write = os.pipe()
         # The same import paths as here, and not this process's __main__.
@@ -145,27 +147,28 @@ class Child:
         return self._process.pid
 
     @property
-    def spent_s(self) -> float:
-        """What it has spent of the seconds that it may take once it is ready."""
-        return self._budget.spent_s if self._is_ready and self._budget else 0.0
+    def left_s(self) -> float:
+        """What is left of the seconds that it may take once it is ready."""
+        return self._budget.left_s if self._budget else math.inf
 
-    def lines(self, seconds: float | None) -> Iterator[bytes]:
+    def lines(self, seconds: float | None, start_s: float = _START_S) -> Iterator[bytes]:
         """Yield what it tells until it ends, or has had so many seconds since it was ready (None: any number).
 
-        What it waited for a core does not count, nor while it starts.
+        It has to be ready within `start_s`. What it waits for a core does not count (see `Budget`).
         """
 
         def has_data(wait_s: float | None) -> bool:
             return bool(select.select([self._pipe], [], [], wait_s)[0])
 
         pending = b""
-        self._budget = Budget(_START_S, self.pid)
+        self._budget = Budget(start_s, self.pid)
         while True:
             if not (self._budget.wait(has_data) if self._budget else has_data(None)):
                 self.had_no_time = True
-                self.end = f"did not end within {seconds:.0f} s and was stopped"
-                if not self._is_ready:
-                    self.end = f"was not ready within {_START_S:.0f} s"
+                if self.is_ready:
+                    self.end = f"did not end within the {seconds:.0f} s it had and was stopped"
+                else:
+                    self.end = f"was not ready within {start_s:.0f} s"
                 return
             data = self._pipe.read(65536)
             if not data:
@@ -173,8 +176,8 @@ class Child:
                 return
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
-                if line == b"ready" and not self._is_ready:
-                    self._is_ready = True
+                if line == b"ready" and not self.is_ready:
+                    self.is_ready = True
                     self._budget = None if seconds is None else Budget(seconds, self.pid)
                 else:
                     yield line

@@ -36,17 +36,19 @@ def stuck_calls() -> tuple[str, ...]:
     return tuple(what for thread, what in _stuck.items() if thread.is_alive())
 
 
-def run_within(seconds: float, what: str, function: Callable[[], T], *, inline: bool = False) -> T:
-    """Run a function on a helper thread and return its result; OutOfTime where it takes longer than `seconds`.
+def run_within(limit: Budget | float, what: str, function: Callable[[], T], *, inline: bool = False) -> T:
+    """Run a function on a helper thread and return its result; OutOfTime where it takes longer than a limit.
 
-    Those that it waits for a core do not count (see `Budget`). On a time-out its child processes (a hanging C++
+    The limit is in seconds from now on, or what is left of a budget. On a time-out its child processes (a hanging C++
     compiler) are ended and an exception is raised in the thread. A thread that sits in a C call stays; it is a daemon,
     is named in `stuck_calls`, and the caller goes on without it.
     `inline` runs it on the calling thread, as CUDA graphs need it (their state belongs to the thread); there
     only Python code and child processes can be interrupted.
     """
+    budget = limit if isinstance(limit, Budget) else Budget(limit)
+    seconds = budget.left_s
     if inline:
-        return _run_inline(seconds, what, function)
+        return _run_inline(budget, what, function)
     box: list[Any] = []
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
@@ -65,11 +67,9 @@ def run_within(seconds: float, what: str, function: Callable[[], T], *, inline: 
         thread.join(wait_s)
         return not thread.is_alive()
 
-    Budget(seconds).wait(has_ended)
-    if thread.is_alive():
+    if not budget.wait(has_ended):
         _interrupt(thread, set())
-        thread.join(GRACE_S)
-        if thread.is_alive():
+        if not Budget(GRACE_S).wait(has_ended):
             _stuck[thread] = what
             raise OutOfTime(f"did not end within the {seconds:.0f} s it had and cannot be stopped: its thread stays")
         if not box or not box[0][0]:
@@ -80,20 +80,20 @@ def run_within(seconds: float, what: str, function: Callable[[], T], *, inline: 
     raise result
 
 
-def _run_inline(seconds: float, what: str, function: Callable[[], T]) -> T:
+def _run_inline(budget: Budget, what: str, function: Callable[[], T]) -> T:
     me, done = threading.current_thread(), threading.Event()
-    before = _children(me)
+    before, seconds = _children(me), budget.left_s
     fired: list[bool] = []
 
     def watch() -> None:
-        if not Budget(seconds).wait(done.wait):
+        if not budget.wait(done.wait):
             fired.append(True)
             _interrupt(me, before)
 
     watcher = threading.Thread(target=watch, name=f"optim: watches {what}", daemon=True)
-    watcher.start()
     try:
         try:
+            watcher.start()  # where nothing is left it fires at once
             result = function()
         finally:
             done.set()

@@ -193,8 +193,7 @@ class Race:
         for bucket in self._in_race:
             self._time(bucket)
         for name in self._names:
-            left = self._budget.left_s
-            if left <= 0:
+            if self._budget.left_s <= 0:
                 self._report(not_tried(name))
                 continue
             if name in VARIANTS and self._inductor_is_behind >= FAR_BEHIND:
@@ -203,7 +202,7 @@ class Race:
                 continue
             self._report(name)
             try:
-                self._try_engine(name, left)
+                self._try_engine(name)
             except (MemoryError, RuntimeError) as error:
                 if not is_device_error(error) or not self._expendable:
                     raise
@@ -212,8 +211,8 @@ class Race:
             self._drop_losers()
         return self.standing
 
-    def _try_engine(self, name: str, limit_s: float) -> None:
-        trial = Trial(make_engine(name, self._job), self._reference, limit_s)
+    def _try_engine(self, name: str) -> None:
+        trial = Trial(make_engine(name, self._job), self._reference, self._budget)
         refusal = trial.prepare()
         if refusal:
             self._report(refusal)
@@ -232,7 +231,6 @@ class Race:
             if self._budget.left_s <= 0:
                 self._report(not_tried(name, bucket))
                 continue
-            trial.limit_s = max(self._budget.left_s, 1.0)
             for refusal in trial.prove(bucket).values():
                 self._report(refusal)
             if bucket not in trial.proven:

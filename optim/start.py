@@ -142,6 +142,8 @@ class Start:
             self._report.notes.append(f"one run at a time: {reason}")
             if plan is not None:
                 logger.warning("one run at a time, though the plan has %d: %s", plan.streams, reason)
+                for row in self._report.buckets:
+                    row.stream_ms = row.stream_gain = None
             return None
         self._report.streams = found.count
         return found

@@ -42,11 +42,14 @@ class Proven:
 
 @dataclass
 class Trial:
-    """Tries one engine on the thread that owns the model; `limit_s` bounds its build and each bucket's warm-up."""
+    """Tries one engine on the thread that owns the model; `limit` bounds its build and each bucket's warm-up.
+
+    It is in seconds for each of them, or a budget for all that is yet to come.
+    """
 
     engine: Engine
     reference: Reference
-    limit_s: float
+    limit: Budget | float
     is_thorough: bool = True
     """Whether to verify on more than the example, and sizes between buckets."""
     proven: dict[Bucket, Proven] = field(default_factory=dict)
@@ -57,7 +60,7 @@ class Trial:
 
     def prepare(self) -> Refusal | None:
         """Run preflight and build; return why the engine cannot be used at all, if so."""
-        engine, stage, budget = self.engine, "preflight", Budget(self.limit_s)
+        engine, stage, budget = self.engine, "preflight", self._limit()
         try:
             if engine.needs_dynamo and stuck_calls():
                 raise Unavailable(f"an earlier compilation hangs and holds Dynamo's lock ({stuck_calls()[0]})")
@@ -207,9 +210,12 @@ class Trial:
                 return f"size {size}: " + ": ".join(describe(error, 300))
         return None
 
+    def _limit(self) -> Budget:
+        return self.limit if isinstance(self.limit, Budget) else Budget(self.limit)
+
     def _bounded(self, call: Callable[[], T], what: str) -> T:
         on_gpu = self.engine.job.info.device.type == "cuda"
-        return run_within(self.limit_s, what, call, inline=on_gpu)
+        return run_within(self._limit(), what, call, inline=on_gpu)
 
     def _verify(self, run: Runner, bucket: Bucket) -> Difference:
         """Compare with eager on the example and on other data; return the larger difference."""

@@ -125,9 +125,9 @@ def test_where_a_crash_leaves_no_process_to_go_on_nothing_is_raced_in_this_one(t
         def __setstate__(self, state: dict[str, Any]) -> None:
             self.__dict__.update(state)
             if os.getpid() != parent:
-                if seen.exists():
+                if seen.exists() and seen.read_text() != str(os.getpid()):
                     os._exit(3)
-                seen.touch()
+                seen.write_text(str(os.getpid()))
 
     module = LoadsOnce().eval()
     section = race("pt2test_crashes", "pt2test_faithful", "pt2test_slow")

@@ -113,6 +113,7 @@ def test_where_a_warm_start_has_no_memory_for_them_the_plan_stays(
         short = start()
     assert (short.report.start, short.report.streams, short.streams) == ("warm", 1, None)
     assert "might not leave half of the free memory" in " ".join(short.report.notes)
+    assert not any(row.stream_ms or row.stream_gain for row in short.report.buckets)
     again = start().report
     assert (again.start, again.streams) == ("warm", 2)
 
