@@ -23,8 +23,9 @@ from optim.race import Event, Note, Race, Round, Standing, not_tried
 from optim.reference import Reference
 from optim.report import Refusal
 
-#: What a race may overrun its budget by, to end a timing that has begun, seconds.
-_OVERRUN_S = 5.0
+#: What a race may overrun its budget by, to end a timing that has begun: seconds, and a part of the budget, since its
+#: process counts what it waited for a core by itself.
+_OVERRUN_S, _OVERRUN = 5.0, 0.25
 
 
 def race_apart(
@@ -79,7 +80,7 @@ class _Racing:
 
     def __init__(self, folder: Path, names: Sequence[str], buckets: Sequence[Bucket], budget_s: float) -> None:
         self.finished = False
-        self._budget_s = budget_s
+        self._budget_s, self._overrun_s = budget_s, _OVERRUN_S + _OVERRUN * budget_s
         sizes = [[bucket.batch_size, bucket.length] for bucket in buckets]
         order = {"names": list(names), "buckets": sizes, "budget_s": budget_s}
         (folder / "order.json").write_text(json.dumps(order))
@@ -93,7 +94,7 @@ class _Racing:
     @property
     def left_s(self) -> float:
         """What it has left of its budget."""
-        return self._child.left_s - _OVERRUN_S if self._child.is_ready else self._budget_s
+        return self._child.left_s - self._overrun_s if self._child.is_ready else self._budget_s
 
     @property
     def had_no_time(self) -> bool:
@@ -104,7 +105,7 @@ class _Racing:
         """Yield what the child tells, until it ends or its time is over; then make sure that it is gone."""
         child = self._child
         try:
-            for line in child.lines(self._budget_s + _OVERRUN_S):
+            for line in child.lines(self._budget_s + self._overrun_s):
                 message = json.loads(line)
                 kind = message.pop("event")
                 if kind == "done":

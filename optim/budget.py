@@ -33,11 +33,13 @@ class _Tally:
         """Look at the threads that there are, and return the sums."""
         found = {}
         with self._lock:
-            with suppress(OSError):  # the process has ended, or this is no Linux
+            try:
                 for path in self._folder.iterdir():
                     with suppress(OSError):  # the thread has ended
                         ran, waited, _ = map(int, (path / "schedstat").read_text().split())
                         found[path.name] = ran, waited
+            except OSError:  # the process has ended, or this is no Linux
+                return self._ran, self._waited
             for thread, (ran, waited) in found.items():
                 ran_before, waited_before = self._seen.get(thread, (0, 0))
                 # Less than before: another thread has got the number.

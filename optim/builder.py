@@ -42,6 +42,8 @@ class Builder:
         self._limit_s = limit_s
         self._plan, self._timed = plan, timed
         self._trials: dict[str, Trial | None] = {**trials}
+        for trial in trials.values():
+            trial.limit = limit_s  # the race's budget was for the race
         self._rows = {row.bucket: row for row in report.buckets}
 
     def build(

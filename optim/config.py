@@ -101,7 +101,7 @@ class TuneConfig:
     """How `backend: auto` chooses."""
 
     budget_s: float | None = None
-    """Seconds the race may take, waits for a core not counted; default 60. It also bounds a backend that is named."""
+    """Seconds the race may take, waits for a core not counted; default 60. Given, it bounds a named backend too."""
     engines: list[str] | None = None
     """The engines that race, best prospect first; default all that the device supports."""
 

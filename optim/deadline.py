@@ -47,6 +47,8 @@ def run_within(limit: Budget | float, what: str, function: Callable[[], T], *, i
     """
     budget = limit if isinstance(limit, Budget) else Budget(limit)
     seconds = budget.left_s
+    if seconds <= 0:
+        raise OutOfTime("had no time left")
     if inline:
         return _run_inline(budget, what, function)
     box: list[Any] = []
@@ -91,9 +93,9 @@ def _run_inline(budget: Budget, what: str, function: Callable[[], T]) -> T:
             _interrupt(me, before)
 
     watcher = threading.Thread(target=watch, name=f"optim: watches {what}", daemon=True)
+    watcher.start()
     try:
         try:
-            watcher.start()  # where nothing is left it fires at once
             result = function()
         finally:
             done.set()

@@ -101,7 +101,11 @@ class Trial:
                 largest = waiting.pop(0)
                 message = f"capturing ran out of memory at bucket {current}; smaller buckets are captured without it"
                 fallen[largest] = Refusal(self.engine.name, "warm-up", str(largest), type(error).__name__, message)
-                self._start_over()
+                try:
+                    self._start_over()
+                except OutOfTime as reason:
+                    late = f"build {reason}"
+                    return fallen | {b: Refusal(self.engine.name, "budget", str(b), None, late) for b in waiting}
                 continue
             waiting.remove(current)
             if refusal is not None:
