@@ -187,6 +187,7 @@ def test_what_was_raced_in_this_process_is_built_after_the_race_has_no_time_left
         return found
 
     monkeypatch.setattr("optim.start.Budget", make)
+    monkeypatch.setattr("optim.race.CLOSE", 1e9)  # so that what was raced is still there
     monkeypatch.setattr(Race, "run", spend)
     module = Unpicklable().eval()
     sizes = tuple(range(1, PROBES + 4))
