@@ -9,6 +9,8 @@ MAIN_EXTRAS := $(EXTRAS)
 endif
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
+# Two tests at a time, where they share no server.
+BOTH_CORES := --numprocesses 2 --dist worksteal
 
 .PHONY: install install-latest install-clients serve test test-latest test-clients check format bench bench-engines bench-serving bench-latency bench-hop bench-binary bench-start bench-changes bench-behind bench-generate ahead clean
 
@@ -43,13 +45,15 @@ ahead: .venv/.installed
 
 # optim's tests in a process of their own, which never sees Ray: as its users run it.
 test: .venv/.installed
-	.venv/bin/python -m pytest tests/optim $(PYTEST_ARGS)
-	.venv/bin/python -m pytest tests/deployments tests/e2e $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(BOTH_CORES) tests/optim $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(BOTH_CORES) tests/deployments $(PYTEST_ARGS)
+	.venv/bin/python -m pytest tests/e2e $(PYTEST_ARGS)
 
 # Without what is the same with every torch: how processes, locks and files behave, Ray Serve's roll-outs, the clients.
 test-latest: .venv-latest/.installed
-	.venv-latest/bin/python -m pytest -m "not any_torch" tests/optim $(PYTEST_ARGS)
-	.venv-latest/bin/python -m pytest -m "not any_torch" tests/deployments tests/e2e/test_shipped.py $(PYTEST_ARGS)
+	.venv-latest/bin/python -m pytest -m "not any_torch" $(BOTH_CORES) tests/optim $(PYTEST_ARGS)
+	.venv-latest/bin/python -m pytest -m "not any_torch" $(BOTH_CORES) tests/deployments $(PYTEST_ARGS)
+	.venv-latest/bin/python -m pytest -m "not any_torch" tests/e2e/test_shipped.py $(PYTEST_ARGS)
 
 test-clients: .venv/.installed .venv-clients/.installed
 	.venv/bin/python -m pytest tests/deployments/test_old_clients.py $(PYTEST_ARGS)

@@ -66,6 +66,11 @@ class Budget:
         self._before = self._tally.look()
         self._started = time.monotonic()
 
+    @classmethod
+    def of(cls, limit: Budget | float) -> Budget:
+        """Return a budget as it is, or one of so many seconds from now on."""
+        return limit if isinstance(limit, Budget) else cls(limit)
+
     @property
     def stretch(self) -> float:
         """How much longer things have taken so far than they would have with cores of their own, at most ten times."""

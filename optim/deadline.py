@@ -45,12 +45,12 @@ def run_within(limit: Budget | float, what: str, function: Callable[[], T], *, i
     `inline` runs it on the calling thread, as CUDA graphs need it (their state belongs to the thread); there
     only Python code and child processes can be interrupted.
     """
-    budget = limit if isinstance(limit, Budget) else Budget(limit)
+    budget = Budget.of(limit)
     seconds = budget.left_s
     if seconds <= 0:
         raise OutOfTime("had no time left")
     if inline:
-        return _run_inline(budget, what, function)
+        return _run_inline(budget, seconds, what, function)
     box: list[Any] = []
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
@@ -82,9 +82,9 @@ def run_within(limit: Budget | float, what: str, function: Callable[[], T], *, i
     raise result
 
 
-def _run_inline(budget: Budget, what: str, function: Callable[[], T]) -> T:
+def _run_inline(budget: Budget, seconds: float, what: str, function: Callable[[], T]) -> T:
     me, done = threading.current_thread(), threading.Event()
-    before, seconds = _children(me), budget.left_s
+    before = _children(me)
     fired: list[bool] = []
 
     def watch() -> None:

@@ -60,7 +60,7 @@ class Trial:
 
     def prepare(self) -> Refusal | None:
         """Run preflight and build; return why the engine cannot be used at all, if so."""
-        engine, stage, budget = self.engine, "preflight", self._limit()
+        engine, stage, budget = self.engine, "preflight", Budget.of(self.limit)
         try:
             if engine.needs_dynamo and stuck_calls():
                 raise Unavailable(f"an earlier compilation hangs and holds Dynamo's lock ({stuck_calls()[0]})")
@@ -214,12 +214,9 @@ class Trial:
                 return f"size {size}: " + ": ".join(describe(error, 300))
         return None
 
-    def _limit(self) -> Budget:
-        return self.limit if isinstance(self.limit, Budget) else Budget(self.limit)
-
     def _bounded(self, call: Callable[[], T], what: str) -> T:
         on_gpu = self.engine.job.info.device.type == "cuda"
-        return run_within(self._limit(), what, call, inline=on_gpu)
+        return run_within(self.limit, what, call, inline=on_gpu)
 
     def _verify(self, run: Runner, bucket: Bucket) -> Difference:
         """Compare with eager on the example and on other data; return the larger difference."""

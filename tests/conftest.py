@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 
 import pytest
 
@@ -13,6 +14,13 @@ import pytest
 _FOLDER = tempfile.mkdtemp(prefix="pt2-tests-")
 atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 os.environ["XDG_CACHE_HOME"] = _FOLDER
+
+with suppress(ImportError):  # a GPU machine may have pytest alone
+    from hypothesis import HealthCheck, settings
+
+    # Its own limits are on the clock, and two tests run at a time.
+    settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("no clock")
 
 
 @pytest.fixture(autouse=True)

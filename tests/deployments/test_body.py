@@ -29,7 +29,7 @@ def service() -> Iterator[ModelService]:
     args = {
         "model": "tests.support.servables:Tiny",
         "pt2": {"compile": {"enable": False}},
-        "limits": {"body_bytes": 4000, "body_s": 0.3},
+        "limits": {"body_bytes": 4000, "body_s": 1},
     }
     with serve_locally(args) as found:
         yield found

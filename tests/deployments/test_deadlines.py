@@ -36,7 +36,7 @@ def test_a_deadline_in_the_header_is_answered_in_the_protocols_shape(
     tensor = {"name": "x", "shape": [1, 8], "datatype": "FP32", "data": ROW}
     body = {"inputs": [tensor]} if is_oip else ROW
     with TestClient(make_app(service)) as client:
-        reply = client.post(path, json=body, headers={"x-request-timeout-seconds": "0.05"})
+        reply = client.post(path, json=body, headers={"x-request-timeout-seconds": "0.2"})
         assert reply.status_code == 408, reply.text
         text = reply.json()["error" if is_oip else "message"]
         assert "no answer in time: the deadline was" in text

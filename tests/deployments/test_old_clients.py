@@ -28,6 +28,7 @@ SCRIPTS = ROOT / "tests" / "support" / "clients"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.any_torch,
     pytest.mark.skipif(not (CLIENTS / ".installed").exists(), reason="there is no .venv-clients: make install-clients"),
     pytest.mark.filterwarnings("default"),  # transformers' own are not ours to judge
 ]
@@ -124,7 +125,7 @@ def check_description(service: ModelService, payload: Any, inputs: list[Any], fo
             *("--report", "har", "--report-har-path", "asked.har"),
         ]
         env = {**os.environ, "SCHEMATHESIS_HOOKS": str(SCRIPTS / "examples.py"), "EXAMPLES": json.dumps(examples)}
-        done = subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     asked = json.loads((folder / "asked.har").read_text())["log"]["entries"]
     seen = {

@@ -65,7 +65,7 @@ def encoder() -> Iterator[ModelService]:
     st.sampled_from([" ", "", "\n"]),
     st.sampled_from([1, 50, 1000]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_long_text_has_the_tokens_that_it_has_if_all_of_it_is_read(
     checkpoint: TextCheckpoint, words: list[str], between: str, times: int
 ) -> None:

@@ -24,7 +24,7 @@ def pieces_of(tokenizer: Any, tokens: list[int], stops: tuple[str, ...] = ()) ->
     return [*pieces, stream.end()], stream.is_stopped
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(max_size=40))
 def test_the_pieces_of_a_text_are_the_text(tokenizer: Any, text: str) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=False).ids
@@ -33,14 +33,14 @@ def test_the_pieces_of_a_text_are_the_text(tokenizer: Any, text: str) -> None:
     assert all("\ufffd" not in piece or "\ufffd" in text for piece in pieces)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tokens=st.lists(st.integers(0, 299), max_size=40))
 def test_the_pieces_of_any_tokens_are_what_the_tokenizer_says(tokenizer: Any, tokens: list[int]) -> None:
     pieces, _ = pieces_of(tokenizer, tokens)
     assert "".join(pieces) == tokenizer.decode(tokens)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=4))
 def test_nothing_of_the_first_stop_string_is_given_out(tokenizer: Any, text: str, stops: list[str]) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=False).ids

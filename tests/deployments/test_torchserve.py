@@ -11,7 +11,7 @@ from urllib.parse import quote_plus
 
 import httpx2
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -49,7 +49,6 @@ def test_the_field_of_a_form_is_the_payload() -> None:
     assert decode(b"data=", FORM) == ""
 
 
-@settings(deadline=None)
 @given(st.binary(), st.booleans())
 def test_escapes_stand_for_every_byte(content: bytes, lower: bool) -> None:
     sent = quote_plus(content).encode()

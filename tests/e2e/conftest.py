@@ -151,7 +151,7 @@ class Server:
         command = [sys.executable, "-W", "ignore", "-c", CHANGE, str(self.config), name, changes]
         subprocess.run(command, cwd=ROOT, env=self.env, check=True)
 
-    def lives_before_ready(self, prefix: str, deadline_s: float = 120) -> bool:
+    def lives_before_ready(self, prefix: str, deadline_s: float = 600) -> bool:
         """Wait until /v2/health/live of an application says 200; return whether it was not ready by then."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end and self.process.poll() is None:

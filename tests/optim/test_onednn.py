@@ -40,8 +40,14 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return seen
 
 
-def test_buckets_and_models_of_one_module_share_one_packed_copy_of_each_weight(packings: list[torch.Tensor]) -> None:
+def forget_compiled_code() -> None:
+    """Dynamo keeps it, and so the modules, by code object."""
+    torch._dynamo.reset()
     gc.collect()
+
+
+def test_buckets_and_models_of_one_module_share_one_packed_copy_of_each_weight(packings: list[torch.Tensor]) -> None:
+    forget_compiled_code()
     others = len(onednn._packed)
     module = Mlp().eval()
     first, second = ask(module), ask(module)
@@ -76,8 +82,7 @@ def test_a_weight_that_was_changed_is_packed_anew(packings: list[torch.Tensor]) 
         torch.testing.assert_close(model(*x), module(*x))
     assert after.report.after_ready.failed_runs == 0
     del after, model
-    torch._dynamo.reset()  # which keeps compiled code, and so the module, by code object
-    gc.collect()
+    forget_compiled_code()
     before(*x)
     assert before.report.after_ready.failed_runs == 1
 
@@ -137,13 +142,12 @@ def test_weights_that_change_places_are_not_taken_for_each_other() -> None:
 
 
 def test_packed_copies_go_with_the_last_model_that_uses_them() -> None:
-    gc.collect()
+    forget_compiled_code()
     others = len(onednn._packed)
     model = ask(Mlp().eval())
     assert len(onednn._packed) == others + 2
     del model
-    torch._dynamo.reset()  # which keeps compiled code, and so the module, by code object
-    gc.collect()
+    forget_compiled_code()
     assert len(onednn._packed) == others
 
 
