@@ -9,7 +9,7 @@ MAIN_EXTRAS := $(EXTRAS)
 endif
 CONFIG ?= serve_config.yaml
 PYTEST_ARGS ?=
-# Two tests at a time, where they share no server.
+# Two tests at a time, where they share no server; after another `-n 0` in PYTEST_ARGS it is one, as pdb needs it.
 BOTH_CORES := --numprocesses 2 --dist worksteal
 
 .PHONY: install install-latest install-clients serve test test-latest test-clients check format bench bench-engines bench-serving bench-latency bench-hop bench-binary bench-start bench-changes bench-behind bench-generate ahead clean

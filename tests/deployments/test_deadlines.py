@@ -15,7 +15,7 @@ from tests.support.local import serve_locally
 
 SLOW = {
     "model": "tests.support.servables:PickyServable",
-    "model_args": {"delay_s": 0.3},
+    "model_args": {"delay_s": 0.5},
     "name": "slow",
     "pt2": {"compile": {"enable": False}},
     "batching": {"batch_sizes": [1]},
@@ -70,9 +70,12 @@ def test_what_is_not_wanted_any_more_does_not_keep_the_others_waiting(service: M
     assert service.admission.rows == 0
 
 
-def test_more_rows_than_the_queue_holds_are_refused_before_any_work(service: ModelService) -> None:
+def test_more_rows_than_the_queue_holds_are_refused_before_any_work(
+    service: ModelService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.admission, "max_rows", 3)
+
     async def run() -> list[object]:
-        service.admission.max_rows = 3
         found = await asyncio.gather(*(service.predict(ROW) for _ in range(5)), return_exceptions=True)
         return list(found)
 
