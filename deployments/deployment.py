@@ -96,7 +96,11 @@ class ModelReplica(Replica):
         """Run one request; a caller that goes away takes it out of the queue."""
         work = Work(inputs, rows, deadline)
         try:
-            await self._enter_batch(work)
+            if not self._service.args.batching.wait_ms and self._thread.is_idle:
+                # There is nobody to be put together with, and a batch of one costs 0.3 ms (issue 4).
+                self._thread.submit(work)
+            else:
+                await self._enter_batch(work)
             return await work.wait()
         finally:
             work.future.cancel()

@@ -127,6 +127,12 @@ class ModelThread:
             (self._wake_stream if self._busy_streams else self._wake).notify()
         return work.future
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits or runs at the moment."""
+        with self._lock:
+            return not (self._is_running or self._busy_streams or self._jobs or self._queue)
+
     def close(self) -> None:
         """Answer what was accepted, then end the threads."""
         with self._lock:

@@ -14,6 +14,8 @@ from threading import Thread
 from deployments.priority import come_forward
 
 logger = logging.getLogger(__name__)
+#: How long a start waits for Ray Serve to say whether its model is down; usually that is known before torch is there.
+_PATIENCE_S = 30.0
 _asked: Future[bool] | None = None
 
 
@@ -42,9 +44,18 @@ def ask_early() -> None:
 
 
 def comes_first() -> bool:
-    """Return whether this replica's start is to come before other work, as `is_down` says; it waits for Ray Serve."""
+    """Return whether this replica's start is to come before other work, as `is_down` says; it waits for Ray Serve.
+
+    Not for good: a call to a controller that is being replaced has no end of its own.
+    """
     ask_early()
-    return _asked is not None and _asked.result()
+    if _asked is None:
+        return False
+    try:
+        return _asked.result(_PATIENCE_S)
+    except TimeoutError:
+        logger.warning("whether the model is down was not answered within %.0f s, its start gives way", _PATIENCE_S)
+        return False
 
 
 def is_down(application: str, deployment: str) -> bool:

@@ -107,6 +107,23 @@ def test_everything_runs_on_one_thread(thread: ModelThread) -> None:
     assert where.result() != threading.get_ident()
 
 
+def test_a_thread_is_idle_while_nothing_waits_or_runs(thread: ModelThread) -> None:
+    gate = Gate()
+    load(thread, gate)
+    gate.entered.clear()
+    gate.gate.clear()
+    future = thread.submit(row(1))
+    assert not thread.is_idle, "it waits"
+    gate.entered.wait()
+    assert not thread.is_idle, "it runs"
+    gate.gate.set()
+    future.result()
+    end = time.monotonic() + 60
+    while not thread.is_idle:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def test_a_bad_request_fails_alone_with_its_own_error(thread: ModelThread) -> None:
     module = Picky(0)
     gate = threading.Event()

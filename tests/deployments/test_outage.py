@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
 from ray.serve.exceptions import RayServeException
@@ -49,3 +51,15 @@ def test_what_cannot_be_asked_gives_way(monkeypatch: pytest.MonkeyPatch, caplog:
 def test_a_process_that_is_no_replica_does_not_ask() -> None:
     assert not comes_first()
     assert outage._asked is None
+
+
+def test_an_answer_that_does_not_come_gives_way(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: Future[bool] = Future()
+    monkeypatch.setattr(outage, "_asked", asked)
+    monkeypatch.setattr(outage, "_PATIENCE_S", 0.01)
+    assert not comes_first()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    asked.set_result(True)
+    assert comes_first()
