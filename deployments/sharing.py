@@ -59,6 +59,7 @@ class ClusterShare:
 
     def __init__(self) -> None:
         self._offered: dict[str, Path] = {}
+        self._anew: set[str] = set()
         self._next = 0.0
 
     def get(self, entry: str) -> bytes | None:
@@ -71,9 +72,11 @@ class ClusterShare:
             return None
         return cast("bytes | None", ray.get(keeper.get.remote(entry), timeout=_TIMEOUT_S))
 
-    def offer(self, entry: str, folder: Path) -> None:
+    def offer(self, entry: str, folder: Path, *, anew: bool = False) -> None:
         """Remember an entry; `publish` hands it over."""
         self._offered[entry] = folder
+        if anew:
+            self._anew.add(entry)
 
     def publish(self) -> None:
         """Give the keeper what it does not have, at most every half minute; blocks meanwhile, and never raises.
@@ -92,12 +95,13 @@ class ClusterShare:
                 .remote()
             )
             for entry, folder in list(self._offered.items()):
-                if ray.get(keeper.has.remote(entry), timeout=_TIMEOUT_S):
+                if entry not in self._anew and ray.get(keeper.has.remote(entry), timeout=_TIMEOUT_S):
                     continue
                 if not folder.is_dir():  # evicted here
                     del self._offered[entry]
                     continue
                 ray.get(keeper.put.remote(entry, pack(folder)), timeout=_TIMEOUT_S)
+                self._anew.discard(entry)
                 logger.info("other nodes find the plan %s now", entry)
         except (RayError, OSError) as error:
             logger.warning("other nodes cannot be given the plan now: %s", error)

@@ -7,6 +7,7 @@ Artifacts are code, so nothing is read from where others than this user can writ
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,7 +18,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -67,27 +68,40 @@ class Cache:
             for part in (folder, self.folder, *(self.folder / name for name in ("entries", "locks", "rejected"))):
                 part.mkdir(mode=0o700, parents=True, exist_ok=True)
                 require_private(part)
+            with self._lock_file(_TURN) as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # some network file systems have no locks
         except OSError as error:
-            raise CacheUnusable(f"{error.filename}: {error.strerror}") from error
+            raise CacheUnusable(f"{error.filename or self.folder}: {error.strerror}") from error
 
     @contextmanager
     def hold(self, name: str, *, wait: bool = True) -> Iterator[Path | None]:
         """Find an entry's folder, waiting for whoever makes it; with None the caller makes it, and others wait.
 
         An entry found is locked against eviction only, so that several may read it. Without `wait`, Busy is raised
-        where somebody makes it.
+        where somebody makes it. Where no lock can be had (a full disk, or one that is read-only and lacks the entry),
+        there is None for everybody.
         """
-        with self._lock_file(name) as lock:
-            others = "another process that compiles the same" if wait else None
-            self._lock(lock, fcntl.LOCK_SH, others)
-            path = self._find(name)
-            if path is None:
-                self._lock(lock, fcntl.LOCK_UN, others)
-                self._lock(lock, fcntl.LOCK_EX, others)
-                path = self._find(name)  # the one waited for may have made it
-                if path is not None:
-                    self._lock(lock, fcntl.LOCK_SH, others)
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(self._lock_file(name))
+            except OSError as error:
+                logger.warning("an entry of the compile cache cannot be locked: %s", error)
+                path = None
+            else:
+                path = self._find_or_own(name, lock, wait=wait)
             yield path
+
+    def _find_or_own(self, name: str, lock: int, *, wait: bool) -> Path | None:
+        others = "another process that compiles the same" if wait else None
+        self._lock(lock, fcntl.LOCK_SH, others)
+        path = self._find(name)
+        if path is None:
+            self._lock(lock, fcntl.LOCK_UN, others)
+            self._lock(lock, fcntl.LOCK_EX, others)
+            path = self._find(name)  # the one waited for may have made it
+            if path is not None:
+                self._lock(lock, fcntl.LOCK_SH, others)
+        return path
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -122,7 +136,11 @@ class Cache:
         """Set an entry aside that does not hold what it promised, and say so."""
         self.rejections.append(f"cache entry {name} was set aside: {reason}")
         logger.warning("%s (kept under %s)", self.rejections[-1], self.folder / "rejected")
-        self._set_aside(name)
+        try:
+            self._set_aside(name)
+        except OSError as error:  # then the next start finds it once more
+            self.rejections[-1] += f"; it is still there: {error.strerror}"
+            logger.warning("%s", self.rejections[-1])
 
     def evict(self, keep: str = "") -> list[str]:
         """Remove the entries that were not used for longest until the rest fits; return their names."""
@@ -147,7 +165,8 @@ class Cache:
         try:
             require_private(path)
             _check_manifest(path)
-            os.utime(path)
+            with suppress(OSError):  # a read-only image, from which nothing is evicted either
+                os.utime(path)
         except FileNotFoundError:
             if path.exists():
                 self.reject(name, "it has no manifest, or a file is gone")
@@ -186,7 +205,14 @@ class Cache:
 
     @contextmanager
     def _lock_file(self, name: str) -> Iterator[int]:
-        lock = os.open(self.folder / "locks" / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.folder / "locks" / f"{name}.lock"
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            # A container's image that `make ahead` has filled: its files can be locked all the same.
+            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             yield lock
         finally:

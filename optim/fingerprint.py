@@ -21,6 +21,9 @@ from torch import nn
 from optim.device import cpuinfo
 from optim.engines.base import EngineJob
 
+#: Attributes of modules that say where they came from, not what they do: transformers keeps the checkpoint's folder.
+_ABOUT = {"name_or_path"}
+
 
 def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
     """Return everything but the weights' values that decides which engines win, and what their code is.
@@ -134,13 +137,24 @@ def _structure(module: nn.Module) -> list[Any]:
     parts: list[Any] = []
     for name, part in module.named_modules():
         settings = {
-            key: value
+            key: _plain(value)
             for key, value in sorted(vars(part).items())
-            if not key.startswith("_") and isinstance(value, str | int | float | bool | tuple | list | type(None))
+            if not (key.startswith("_") or key in _ABOUT)
+            and isinstance(value, str | int | float | bool | tuple | list | type(None))
         }
         parts.append([name, f"{type(part).__module__}.{type(part).__qualname__}", part.extra_repr(), str(settings)])
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return [*parts, [[name, str(t.dtype), list(t.shape), _strides(t)] for name, t in tensors]]
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting without what differs from process to process: of functions and objects, what they are of."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | int | float | bool | type(None)):
+        return value
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _strides(tensor: torch.Tensor) -> list[int] | None:

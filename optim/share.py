@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from optim.cache import FORMAT, Cache
+from optim.cache import FORMAT, Cache, Damaged
 from optim.errors import describe
 from optim.report import CompileReport
 
@@ -32,8 +32,8 @@ class Share(Protocol):
     def get(self, entry: str) -> bytes | None:
         """Return a packed entry, or None where nobody has left it."""
 
-    def offer(self, entry: str, folder: Path) -> None:
-        """Leave an entry, whose folder is given, for others; nothing happens where it is there."""
+    def offer(self, entry: str, folder: Path, *, anew: bool = False) -> None:
+        """Leave an entry, whose folder is given, for others; where one is there it stays, unless it is made `anew`."""
 
 
 class ShareUnusable(Exception):
@@ -45,6 +45,8 @@ class Exchange:
 
     def __init__(self, cache: Cache, entry: str, shares: Sequence[Share], report: CompileReport) -> None:
         self._cache, self._entry, self._shares, self._report = cache, entry, shares, report
+        #: What the shares have did not hold here: what is offered takes its place, or every machine would find it.
+        self.is_anew = False
 
     def adopt(self) -> Path | None:
         """Return the entry of the first share that has it, now in the cache too; call while it is held."""
@@ -55,6 +57,9 @@ class Exchange:
                     path = self._cache.adopt(self._entry, lambda folder, found=packed: unpack(found, folder))  # type: ignore[misc]
                     self._report.notes.append(f"the plan came from {share.name}")
                     return path
+            except (Damaged, tarfile.TarError) as error:
+                self.is_anew = True
+                self._tell(share, "nothing is taken from", error)
             except Exception as error:  # storages and networks of all kinds; a cold start is always there
                 self._tell(share, "nothing is taken from", error)
         return None
@@ -64,7 +69,7 @@ class Exchange:
         for share in self._shares if path is not None else ():
             assert path is not None
             try:
-                share.offer(self._entry, path)
+                share.offer(self._entry, path, anew=self.is_anew)
             except Exception as error:
                 self._tell(share, "nothing is left in", error)
 
@@ -111,6 +116,8 @@ class UriShare:
             self._files, root = fsspec.core.url_to_fs(uri)
         except (ImportError, ValueError) as error:  # no fsspec; no such protocol, or its package is missing
             raise ShareUnusable(str(error)) from error
+        except Exception as error:  # some connect at once: whatever their storage raises
+            raise ShareUnusable("{}: {}".format(*describe(error, 300))) from error
         self.name = uri
         self._folder = f"{str(root).rstrip('/')}/v{FORMAT}"
         self._key = key.encode()
@@ -128,10 +135,10 @@ class UriShare:
             raise ShareUnusable(f"{self._path(entry)} is not signed with the key in {KEY_VARIABLE}, or was changed")
         return packed
 
-    def offer(self, entry: str, folder: Path) -> None:
+    def offer(self, entry: str, folder: Path, *, anew: bool = False) -> None:
         """Write an entry, at once where the storage can rename, unless a good one is there."""
         path = self._path(entry)
-        if entry not in self._not_ours and self._files.exists(path):
+        if not anew and entry not in self._not_ours and self._files.exists(path):
             return
         packed = pack(folder)
         self._files.makedirs(self._folder, exist_ok=True)

@@ -90,6 +90,9 @@ class OnnxRuntimeEngine(Engine):
             if is_device_error(error):
                 raise
             self._shared = False
+        if not self._shared:  # a later build would take it for one with free sizes
+            for left in self._folder.glob("shared.onnx*"):
+                left.unlink()
 
     def compile(self, bucket: Bucket) -> Runner:
         """Open a session on the threads that torch has, the bucket's sizes given so that they can be folded."""

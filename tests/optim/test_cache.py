@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -191,3 +193,64 @@ def test_the_default_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None
     assert default_folder() == Path("/somewhere/pt2-serve")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert default_folder() == Path.home() / ".cache" / "pt2-serve"
+
+
+def make_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing be written any more. (Not by a mode, which does not hold for root.)"""
+    real = os.open
+
+    def open_to_read(path: Any, flags: int, *mode: int, **more: Any) -> int:
+        if flags & (os.O_CREAT | os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *mode, **more)
+
+    def refuse(path: Any, *more: Any, **others: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "open", open_to_read)
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *args, **names: refuse("/tmp"))
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
+def test_a_cache_in_a_read_only_image_is_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(cache, "a", one=b"1")
+    assert find(cache, "a") is not None
+    make_read_only(monkeypatch)
+    again = Cache(cache.folder.parent, MUCH)
+    found = find(again, "a")
+    assert found is not None
+    assert (found / "one").read_bytes() == b"1"
+    assert find(again, "b") is None
+    with again.turn():
+        pass
+    with pytest.raises(OSError, match="Read-only"):
+        put(again, "b", one=b"1")
+
+
+def test_what_cannot_be_set_aside_is_told_and_not_used(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(cache, "a", one=b"1")
+    found = find(cache, "a")
+    assert found is not None
+    (found / "one").write_bytes(b"2")
+    make_read_only(monkeypatch)
+    assert find(cache, "a") is None
+    assert cache.rejections[0].endswith("one is not what was stored; it is still there: Read-only file system")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(lock: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(CacheUnusable, match="No locks available"):
+        Cache(tmp_path, MUCH)
+
+
+def test_a_full_disk_stops_nobody(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Any, *more: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(os, "open", full)
+    assert find(cache, "a") is None

@@ -76,8 +76,11 @@ def test_a_module_that_fixes_its_sizes_is_exported_bucket_by_bucket() -> None:
     module = FixedGroups().eval()
     model = build(module, models.features, "onnxruntime")
     assert set(model.report.engines().values()) == {"onnxruntime"}, model.report.all_refusals()
+    again = build(module, models.features, "onnxruntime")
+    assert (model.report.start, again.report.start) == ("cold", "warm"), again.report.notes
     for rows in (1, 3, 4, 5):
         torch.testing.assert_close(model(*models.features(rows)), module(*models.features(rows)))
+        torch.testing.assert_close(again(*models.features(rows)), module(*models.features(rows)))
 
 
 @pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from optim import CompiledModel, compile_model
+from optim import CompiledModel, cache, compile_model
 from optim.share import KEY_VARIABLE, Share, ShareUnusable, UriShare, pack, unpack
 from optim.verify import compare
 from tests.support import backends, models
@@ -41,8 +43,9 @@ class Memory:
     def get(self, entry: str) -> bytes | None:
         return self.entries.get(entry)
 
-    def offer(self, entry: str, folder: Path) -> None:
-        self.entries.setdefault(entry, pack(folder))
+    def offer(self, entry: str, folder: Path, *, anew: bool = False) -> None:
+        if anew or entry not in self.entries:
+            self.entries[entry] = pack(folder)
 
 
 def only_file(folder: Path) -> Path:
@@ -88,7 +91,7 @@ def test_a_share_that_fails_costs_nothing_but_a_note(tmp_path: Path) -> None:
         def get(self, entry: str) -> bytes | None:
             raise ConnectionError("no route")
 
-        def offer(self, entry: str, folder: Path) -> None:
+        def offer(self, entry: str, folder: Path, *, anew: bool = False) -> None:
             raise ConnectionError("no route")
 
     model = build(tmp_path / "one", shares=(Broken(),))
@@ -159,6 +162,44 @@ def test_a_protocol_that_is_not_known_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     notes = build(tmp_path / "one", "nonsense://somewhere").report.notes
     assert any(note.startswith("pt2.cache.uri: nonsense://somewhere is not used: ") for note in notes)
+
+
+@pytest.mark.parametrize("over_uri", [False, True])
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_did_not_hold_is_replaced_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over_uri: bool, is_damaged: bool
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    share = Memory()
+    how: dict[str, Any] = {"uri": f"file://{tmp_path}/shared"} if over_uri else {"shares": (share,)}
+
+    def spoil(folder: Path) -> None:
+        """Let the plan, whole and signed, have other buckets; or let it lack a file."""
+        plan = folder / "plan.json"
+        found = json.loads(plan.read_text())
+        plan.write_text(json.dumps({**found, "buckets": found["buckets"][:1]}))
+        if not is_damaged:
+            (folder / "MANIFEST.json").unlink()
+            cache._write_manifest(folder)
+
+    build(tmp_path / "one", **how)
+    (entry,) = (tmp_path / "one" / "v1" / "entries").iterdir()
+    spoil(entry)
+    if over_uri:
+        (file,) = (tmp_path / "shared").rglob("*.signed")
+        file.unlink()
+        UriShare(how["uri"], KEY).offer(entry.name, entry)
+    else:
+        share.entries = {entry.name: pack(entry)}
+    starts = [build(tmp_path / name, **how).report.start for name in ("two", "three")]
+    assert starts == ["cold", "warm"]
+
+
+def test_a_storage_that_is_asked_at_once_and_is_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    model = build(tmp_path / "one", "ftp://127.0.0.1:9/plans")
+    (note,) = (note for note in model.report.notes if "pt2.cache.uri" in note)
+    assert note.startswith("pt2.cache.uri: ftp://127.0.0.1:9/plans is not used: ConnectionRefusedError: ")
 
 
 def test_an_archive_cannot_write_elsewhere(tmp_path: Path) -> None:

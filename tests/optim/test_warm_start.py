@@ -327,3 +327,22 @@ print(model.report.start, *engines, len(compiled), counters["inductor"]["fxgraph
     start_, engine, compiled, _ = start("one", str(tmp_path / "others"))
     assert (start_, engine) == ("cold", backend) and int(compiled) > 0
     assert start("other") == ["warm", backend, "0", "0"]
+
+
+class Settings(nn.Module):
+    """[B, 8] -> [B, 8]; has settings of all kinds, and says where it was loaded from."""
+
+    def __init__(self, name_or_path: str, scale: int = 2) -> None:
+        super().__init__()
+        self.name_or_path = name_or_path
+        self.steps = [torch.relu, lambda x: x * scale, (nn.ReLU, [Settings.__name__, object()])]
+        self.scale = [scale]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale[0]
+
+
+def test_what_differs_from_process_to_process_is_no_part_of_the_key() -> None:
+    starts = [build(module=module).report.start for module in (Settings("/home/one"), Settings("/mnt/two"))]
+    assert starts == ["cold", "warm"]
+    assert build(module=Settings("/home/one", scale=3)).report.start == "cold"
