@@ -83,12 +83,10 @@ class Cache:
         """
         with ExitStack() as stack:
             try:
-                lock = stack.enter_context(self._lock_file(name))
+                path = self._find_or_own(name, stack.enter_context(self._lock_file(name)), wait=wait)
             except OSError as error:
                 logger.warning("an entry of the compile cache cannot be locked: %s", error)
                 path = None
-            else:
-                path = self._find_or_own(name, lock, wait=wait)
             yield path
 
     def _find_or_own(self, name: str, lock: int, *, wait: bool) -> Path | None:
@@ -106,8 +104,12 @@ class Cache:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for a turn to measure: races beside each other on the same cores would choose by chance."""
-        with self._lock_file(_TURN) as lock:
-            self._lock(lock, fcntl.LOCK_EX, "its turn to measure, after another model on this machine")
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(self._lock_file(_TURN))
+                self._lock(lock, fcntl.LOCK_EX, "its turn to measure, after another model on this machine")
+            except OSError as error:  # as of a network file system that is read-only
+                logger.warning("other models on this machine may race at the same time: %s", error)
             yield
 
     def store(self, name: str, fill: Callable[[Path], None]) -> Path:

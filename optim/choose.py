@@ -133,7 +133,7 @@ def _start_by_plan(start: Start, todo: PutOff, path: Path) -> Built | None:
         built = start.start_warm(Plan.load(path, todo.made_for), path)
     except BadPlan as reason:
         todo.cache.reject(todo.key, str(reason))
-        todo.exchange.is_anew = True
+        todo.exchange.replace(reason)
         start.begin_again()
         return None
     todo.exchange.offer(path)

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shutil
-import stat
 import sys
 import sysconfig
 import tempfile
@@ -107,37 +106,21 @@ def ensure_cache_folder() -> str | None:
     """See to it, once a process, that Inductor can write its cache; return what was done, if something had to be.
 
     From torch 2.13 on, Dynamo cannot even be imported where it cannot. Then this process, and those that it starts, use
-    a folder of their own for as long as they live. So they do where the default folder, whose name anybody knows, is
-    somebody else's: what lies there is code that Inductor loads.
+    a folder of their own for as long as they live.
     """
     key = "TORCHINDUCTOR_CACHE_DIR"
-    given = os.environ.get(key)
-    folder = Path(given or Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}")
+    folder = Path(os.environ.get(key) or Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            pass
-        if given or _keep_others_out(folder):
             return None
-        reason = "is not this user's own"
     except OSError as error:
-        reason = f"cannot be written ({error.strerror})"
-    own = tempfile.mkdtemp(prefix="pt2-inductor-")
-    atexit.register(shutil.rmtree, own, ignore_errors=True)
-    os.environ[key] = own
-    note = f"Inductor's cache folder {folder} {reason}; {own} is used instead"
-    logger.warning(note)
-    return note
-
-
-def _keep_others_out(folder: Path) -> bool:
-    """Let nobody else write to a folder of this user's; return False where it is not this user's."""
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        return False
-    if found.st_mode & 0o022:  # made under a umask of 002, as some systems have it
-        folder.chmod(0o700)
-    return True
+        own = tempfile.mkdtemp(prefix="pt2-inductor-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        os.environ[key] = own
+        note = f"Inductor's cache folder {folder} cannot be written ({error.strerror}); {own} is used instead"
+        logger.warning(note)
+        return note
 
 
 def _user_name() -> str:

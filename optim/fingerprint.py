@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ from optim.engines.base import EngineJob
 
 #: Attributes of modules that say where they came from, not what they do: transformers keeps the checkpoint's folder.
 _ABOUT = {"name_or_path"}
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
@@ -137,24 +139,16 @@ def _structure(module: nn.Module) -> list[Any]:
     parts: list[Any] = []
     for name, part in module.named_modules():
         settings = {
-            key: _plain(value)
+            key: value
             for key, value in sorted(vars(part).items())
             if not (key.startswith("_") or key in _ABOUT)
             and isinstance(value, str | int | float | bool | tuple | list | type(None))
         }
-        parts.append([name, f"{type(part).__module__}.{type(part).__qualname__}", part.extra_repr(), str(settings)])
+        # Functions and objects in a list are written with their addresses, which no two processes share.
+        plain = _ADDRESS.sub("", str(settings))
+        parts.append([name, f"{type(part).__module__}.{type(part).__qualname__}", part.extra_repr(), plain])
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return [*parts, [[name, str(t.dtype), list(t.shape), _strides(t)] for name, t in tensors]]
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting without what differs from process to process: of functions and objects, what they are of."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, str | int | float | bool | type(None)):
-        return value
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _strides(tensor: torch.Tensor) -> list[int] | None:

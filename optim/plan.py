@@ -17,7 +17,11 @@ _FIGURES = ("ms", "eager_ms", "speedup", "stream_ms", "stream_gain", "race", "ea
 
 
 class BadPlan(Exception):
-    """The plan cannot be used here; the message is the reason."""
+    """The plan cannot be used here; the message is the reason. `is_slow`: slower than eager, which load can do."""
+
+    def __init__(self, reason: str, *, is_slow: bool = False) -> None:
+        super().__init__(reason)
+        self.is_slow = is_slow
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from optim.cache import FORMAT, Cache, Damaged
 from optim.errors import describe
+from optim.plan import BadPlan
 from optim.report import CompileReport
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class Exchange:
 
     def __init__(self, cache: Cache, entry: str, shares: Sequence[Share], report: CompileReport) -> None:
         self._cache, self._entry, self._shares, self._report = cache, entry, shares, report
-        #: What the shares have did not hold here: what is offered takes its place, or every machine would find it.
-        self.is_anew = False
+        self._has_adopted = False
+        self._is_anew = False
 
     def adopt(self) -> Path | None:
         """Return the entry of the first share that has it, now in the cache too; call while it is held."""
@@ -56,20 +57,28 @@ class Exchange:
                 if packed is not None:
                     path = self._cache.adopt(self._entry, lambda folder, found=packed: unpack(found, folder))  # type: ignore[misc]
                     self._report.notes.append(f"the plan came from {share.name}")
+                    self._has_adopted = True
                     return path
-            except (Damaged, tarfile.TarError) as error:
-                self.is_anew = True
+            except (Damaged, tarfile.TarError, FileNotFoundError) as error:  # the last: there is no manifest
+                self._is_anew = True
                 self._tell(share, "nothing is taken from", error)
             except Exception as error:  # storages and networks of all kinds; a cold start is always there
                 self._tell(share, "nothing is taken from", error)
         return None
+
+    def replace(self, reason: BadPlan) -> None:
+        """Let what is offered next take the place of what came from a share, which every machine would find else.
+
+        Not where that was only slow here: this machine may be under load, and the plan good for all others.
+        """
+        self._is_anew = self._has_adopted and not reason.is_slow
 
     def offer(self, path: Path | None) -> None:
         """Offer the entry to all shares, if there is one."""
         for share in self._shares if path is not None else ():
             assert path is not None
             try:
-                share.offer(self._entry, path, anew=self.is_anew)
+                share.offer(self._entry, path, anew=self._is_anew)
             except Exception as error:
                 self._tell(share, "nothing is left in", error)
 

@@ -97,7 +97,8 @@ class Start:
         for row in report.buckets:
             if row.engine != plan.rows[row.bucket]["engine"]:
                 why = [*report.refusals, *row.refusals]
-                raise BadPlan(f"its plan does not hold any more: {why[-1] if why else row.engine}")
+                reason = f"its plan does not hold any more: {why[-1] if why else row.engine}"
+                raise BadPlan(reason, is_slow=bool(why) and why[-1].stage == "time")
         plan.fill(report)
         if plan.streams == 1:
             if self._streams > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -254,3 +255,17 @@ def test_a_full_disk_stops_nobody(cache: Cache, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(os, "open", full)
     assert find(cache, "a") is None
+
+
+def test_locks_that_do_not_exclude_stop_nobody(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(cache, "a", one=b"1")
+
+    def flock(lock: int, how: int) -> None:
+        if how & fcntl.LOCK_EX:  # as of a network file system that is read-only
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert find(cache, "a") is not None
+    assert find(cache, "b") is None
+    with cache.turn():
+        pass

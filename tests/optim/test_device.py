@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim.device import ensure_cache_folder, inspect_device, pick_device
+from optim.device import inspect_device, pick_device
 from optim.errors import causes, describe, is_device_error
 
 
@@ -58,33 +58,3 @@ def test_device_errors_are_found_in_whatever_wraps_them() -> None:
     assert not is_device_error(RuntimeError("cannot compile"))
     assert list(causes(outer)) == [outer, inner]
     assert describe(outer) == ("RuntimeError", "backend failed (caused by OutOfMemoryError: CUDA out of memory)")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a folder's mode and owner are Unix's")
-def test_inductor_loads_nothing_from_somebody_elses_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = "TORCHINDUCTOR_CACHE_DIR"
-    monkeypatch.setenv(key, "restored afterwards")
-    monkeypatch.delenv(key)
-    monkeypatch.setenv("LOGNAME", "somebody")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    look = ensure_cache_folder.__wrapped__
-    assert look() is None
-    (folder,) = tmp_path.iterdir()
-    folder.chmod(0o777)
-    assert look() is None
-    assert folder.stat().st_mode & 0o777 == 0o700, "others are kept out of what is ours"
-    assert key not in os.environ
-    owner = folder.stat().st_uid
-    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-    note = look()
-    assert note is not None
-    assert f"{folder} is not this user's own; " in note
-    own = Path(os.environ[key])
-    assert (own.parent, own.stat().st_mode & 0o777) == (tmp_path, 0o700)
-    assert look() is None, "what was named is used"
-    monkeypatch.delenv(key)
-    (tmp_path / "theirs").mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: owner)
-    folder.rmdir()
-    folder.symlink_to(tmp_path / "theirs")
-    assert "is not this user's own" in str(look())

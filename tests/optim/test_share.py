@@ -195,6 +195,26 @@ def test_what_did_not_hold_is_replaced_for_the_others(
     assert starts == ["cold", "warm"]
 
 
+def test_what_was_only_slow_here_stays_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = Memory()
+
+    def start(name: str) -> CompiledModel:
+        section = {"compile": {"backend": "pt2test_faithful"}, "cache": {"folder": str(tmp_path / name)}}
+        sizes = (1, 4)
+        return compile_model(models.Mlp(), models.features, section, batch_sizes=sizes, device="cpu", shares=(share,))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optim.builder.time_in_turn", lambda runs, *args, **more: [1.0, 2.0][: len(runs)])
+        cold = start("one")
+        assert set(cold.report.engines().values()) == {"pt2test_faithful"}, cold.report.all_refusals()
+    left = dict(share.entries)
+    with monkeypatch.context() as patch:
+        patch.setattr("optim.builder.time_in_turn", lambda runs, *args, **more: [2.0, 1.0][: len(runs)])
+        slow = start("two").report
+    assert (slow.start, slow.notes[-1].rpartition(": ")[2]) == ("cold", "2 ms against 1 ms"), slow.notes
+    assert share.entries == left
+
+
 def test_a_storage_that_is_asked_at_once_and_is_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     model = build(tmp_path / "one", "ftp://127.0.0.1:9/plans")

@@ -335,11 +335,11 @@ class Settings(nn.Module):
     def __init__(self, name_or_path: str, scale: int = 2) -> None:
         super().__init__()
         self.name_or_path = name_or_path
-        self.steps = [torch.relu, lambda x: x * scale, (nn.ReLU, [Settings.__name__, object()])]
-        self.scale = [scale]
+        self.steps = [torch.relu, lambda x: x * scale, (nn.ReLU, [torch.Tensor.relu, object()])]
+        self.scale = [{"by": scale}]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale[0]
+        return x * self.scale[0]["by"]
 
 
 def test_what_differs_from_process_to_process_is_no_part_of_the_key() -> None:
