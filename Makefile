@@ -41,7 +41,7 @@ serve: .venv/.installed
 
 # Compile into the cache without serving.
 ahead: .venv/.installed
-	.venv/bin/python -m deployments.ahead $(CONFIG)
+	.venv/bin/python -m deployments.ahead $(ANEW) $(CONFIG)
 
 # optim's tests in a process of their own, which never sees Ray: as its users run it.
 test: .venv/.installed

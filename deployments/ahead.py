@@ -5,6 +5,7 @@ Replicas on machines of the same kind, with the same packages and this cache (`p
 
 from __future__ import annotations
 
+import argparse
 import gc
 import logging
 import sys
@@ -49,7 +50,11 @@ def _tell(name: str, report: CompileReport) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Compile every model of the files named; return 0 where replicas will find all of them in the cache."""
-    files = arguments or ["serve_config.yaml"]
+    parser = argparse.ArgumentParser(prog="python -m deployments.ahead", description=__doc__)
+    parser.add_argument("files", nargs="*", metavar="FILE", default=["serve_config.yaml"])
+    parser.add_argument("--anew", action="store_true", help="compile what is in the cache, too, and replace it")
+    asked = parser.parse_args(arguments)
+    files = asked.files
     if status := check(files, serving=False):
         return status
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -57,7 +62,10 @@ def main(arguments: list[str]) -> int:
     for args, device, threads in (m for name in files for m in _models(yaml.safe_load(Path(name).read_text()))):
         print(f"{args.name}: {device}, {threads} threads", flush=True)
         # What compiles in the background there finds the same.
-        models = compile_all(args.make_model(), replace(args, pt2=args.pt2.at_start()), device, threads)
+        pt2 = args.pt2.at_start()
+        if asked.anew:
+            pt2 = replace(pt2, cache=replace(pt2.cache, anew=True))
+        models = compile_all(args.make_model(), replace(args, pt2=pt2), device, threads)
         for name, model in models.items():
             if not _tell(f"{args.name}{name and f', {name}'}", model.report):
                 status = 1

@@ -7,7 +7,6 @@ OpenVINO held 1530 MB, against 950 MB of one that had never seen them (imported 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from optim.engines import EngineJob
 from optim.race import Event, Note, Race, Round, Standing, not_tried
 from optim.reference import Reference
 from optim.report import Refusal
+from optim.scratch import Scratch
 
 #: What a race may overrun its budget by, to end a timing that has begun: seconds, and a part of the budget, since its
 #: process counts what it waited for a core by itself.
@@ -42,10 +42,10 @@ def race_apart(
     """
     standing = Standing()
     waiting = list(names)
-    with tempfile.TemporaryDirectory(prefix="pt2-race-") as folder:  # mode 0700: what is unpickled is our own
-        pack(Path(folder), job, reference, names)
+    with Scratch("race") as folder:
+        pack(folder, job, reference, names)
         while waiting and budget_s > 0:
-            running = _Racing(Path(folder), waiting, buckets, budget_s)
+            running = _Racing(folder, waiting, buckets, budget_s)
             turn = None
             for event in running.events():
                 standing.take(event)
@@ -55,6 +55,7 @@ def race_apart(
                 if name in waiting:  # it has its turn, or is said to get none
                     waiting.remove(name)
             budget_s = running.left_s
+            standing.stretch = max(standing.stretch, running.stretch)
             if running.finished:
                 return standing
             stage = "budget" if running.had_no_time else "build"
@@ -95,6 +96,11 @@ class _Racing:
     def left_s(self) -> float:
         """What it has left of its budget."""
         return self._child.left_s - self._overrun_s if self._child.is_ready else self._budget_s
+
+    @property
+    def stretch(self) -> float:
+        """How much longer it has taken so far because it waited for cores."""
+        return self._child.stretch
 
     @property
     def had_no_time(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +29,7 @@ from optim.model import CompiledModel, Lane
 from optim.plan import BadPlan, Plan
 from optim.reference import Reference
 from optim.report import BucketReport, CompileReport, Refusal, announce
+from optim.scratch import Scratch
 from optim.share import Exchange
 from optim.start import Start, clock
 from optim.verify import Mismatch, compare
@@ -43,7 +43,7 @@ _NICER = 15
 _START_S = 900.0
 
 Change = Callable[[], None]
-Carried = tuple[EngineJob, Reference, tempfile.TemporaryDirectory[str]]
+Carried = tuple[EngineJob, Reference, Scratch]
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ def put_off(todo: PutOff, job: EngineJob, reference: Reference, names: list[str]
         compare(twin(*smallest), reference.run(smallest))
     except Mismatch as error:
         raise NotCarried(f"a copy of the module answers differently ({error})") from error
-    folder = tempfile.TemporaryDirectory(prefix="pt2-background-")  # mode 0700: what is unpickled is our own
+    folder = Scratch("background")
     given = {
         "made_for": todo.made_for,
         "streams": todo.streams,
         "streams_must_pay": todo.streams_must_pay,
     }
-    pack(Path(folder.name), replace(job, config=job.config.at_start()), reference, names, **given)
+    pack(folder.path, replace(job, config=job.config.at_start()), reference, names, **given)
     return replace(
         todo,
         carried=(replace(job, module=twin), reference.of_copy(twin, probes=bool(job.config.compile.dynamic)), folder),
@@ -158,7 +158,7 @@ class Background:
     def _compile(self) -> str | None:
         """Let another process make the entry; return why there is none, if so."""
         logger.info("compiling in the background, in a process of its own")
-        self._child = child = Child("optim.filler", Path(self._folder.name), _NICER)
+        self._child = child = Child("optim.filler", self._folder.path, _NICER)
         if self._stopped.is_set():
             child.kill()
         try:
@@ -243,7 +243,7 @@ class Background:
                     stream_ms=stream_ms and round(stream_ms * scale, 3),
                     stream_gain=known["stream_gain"],
                     race=mine.race,
-                    refusals=[*mine.refusals, *found.refusals],
+                    refusals=[*mine.refusals, *(r for r in found.refusals if r not in mine.refusals)],
                 )
             )
         if changed:

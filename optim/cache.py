@@ -7,7 +7,6 @@ Artifacts are code, so nothing is read from where others than this user can writ
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -18,8 +17,10 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from optim.locks import Busy, Waiting, open_lock, take
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +29,14 @@ _MANIFEST = "MANIFEST.json"
 FORMAT = 1
 #: How many rejected entries are kept for somebody to look at.
 _KEPT_REJECTED = 4
-_POLL_S = 0.1
 _TURN = "turn"
-_SAY_AFTER_S = 10.0
+#: How long somebody else is waited for, who may be stuck: longer than a decoder of many buckets takes to compile. What
+#: follows is at worst a second compilation, or figures taken beside another race.
+_PATIENCE_S, _PATIENCE_FOR_A_TURN_S = 3600.0, 900.0
 
 
 class CacheUnusable(Exception):
     """The cache's folder cannot be used; the message is the reason."""
-
-
-class Busy(Exception):
-    """Another process makes the entry, and waiting was not wanted."""
 
 
 class Damaged(Exception):
@@ -62,13 +60,13 @@ class Cache:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder / f"v{FORMAT}"
         self._max_bytes = max_bytes
-        #: What was found damaged, for the report.
-        self.rejections: list[str] = []
+        #: What was found damaged and what could not be done, for the report.
+        self.notes: list[str] = []
         try:
             for part in (folder, self.folder, *(self.folder / name for name in ("entries", "locks", "rejected"))):
                 part.mkdir(mode=0o700, parents=True, exist_ok=True)
                 require_private(part)
-            with self._lock_file(_TURN) as lock, suppress(BlockingIOError):
+            with self._open_lock(_TURN) as lock, suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # some network file systems have no locks
         except OSError as error:
             raise CacheUnusable(f"{error.filename or self.folder}: {error.strerror}") from error
@@ -78,39 +76,50 @@ class Cache:
         """Find an entry's folder, waiting for whoever makes it; with None the caller makes it, and others wait.
 
         An entry found is locked against eviction only, so that several may read it. Without `wait`, Busy is raised
-        where somebody makes it. Where no lock can be had (a full disk, or one that is read-only and lacks the entry),
-        there is None for everybody.
+        where somebody makes it. Where no lock can be had (a full disk, one that is read-only and lacks the entry, or an
+        owner that is stuck), there is None for everybody.
         """
+        others = "another process that compiles the same"
         with ExitStack() as stack:
-            try:
-                path = self._find_or_own(name, stack.enter_context(self._lock_file(name)), wait=wait)
-            except OSError as error:
-                logger.warning("an entry of the compile cache cannot be locked: %s", error)
-                path = None
+            path = None
+            with self._or_without("an entry of the compile cache cannot be locked"):
+                lock = stack.enter_context(self._open_lock(name))
+                path = self._find_or_own(name, lock, Waiting(others, _PATIENCE_S) if wait else None)
             yield path
 
-    def _find_or_own(self, name: str, lock: int, *, wait: bool) -> Path | None:
-        others = "another process that compiles the same" if wait else None
-        self._lock(lock, fcntl.LOCK_SH, others)
+    def _find_or_own(self, name: str, lock: int, waiting: Waiting | None) -> Path | None:
+        take(lock, fcntl.LOCK_SH, waiting)
         path = self._find(name)
         if path is None:
-            self._lock(lock, fcntl.LOCK_UN, others)
-            self._lock(lock, fcntl.LOCK_EX, others)
+            take(lock, fcntl.LOCK_UN, waiting)
+            take(lock, fcntl.LOCK_EX, waiting)
             path = self._find(name)  # the one waited for may have made it
             if path is not None:
-                self._lock(lock, fcntl.LOCK_SH, others)
+                take(lock, fcntl.LOCK_SH, waiting)
         return path
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for a turn to measure: races beside each other on the same cores would choose by chance."""
         with ExitStack() as stack:
-            try:
-                lock = stack.enter_context(self._lock_file(_TURN))
-                self._lock(lock, fcntl.LOCK_EX, "its turn to measure, after another model on this machine")
-            except OSError as error:  # as of a network file system that is read-only
-                logger.warning("other models on this machine may race at the same time: %s", error)
+            with self._or_without("other models on this machine may race at the same time"):
+                lock = stack.enter_context(self._open_lock(_TURN))
+                others = "its turn to measure, after another model on this machine"
+                take(lock, fcntl.LOCK_EX, Waiting(others, _PATIENCE_FOR_A_TURN_S))
             yield
+
+    @contextmanager
+    def _or_without(self, what: str) -> Iterator[None]:
+        """Go on where a lock cannot be had, as of a network file system that is read-only, and say what follows."""
+        try:
+            yield
+        except OSError as error:
+            self._tell(f"{what}: {error}")
+
+    def _tell(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            logger.warning(note)
 
     def store(self, name: str, fill: Callable[[Path], None]) -> Path:
         """Make an entry by filling a folder and return it; it replaces one that is there. Call while it is held."""
@@ -122,7 +131,7 @@ class Cache:
 
     def _make(self, name: str, fill: Callable[[Path], None], finish: Callable[[Path], None]) -> Path:
         made = Path(tempfile.mkdtemp(prefix="making-", dir=self.folder))
-        target = self.folder / "entries" / name
+        target = self.folder_of(name)
         try:
             fill(made)
             finish(made)
@@ -131,31 +140,53 @@ class Cache:
             made.rename(target)
         finally:
             shutil.rmtree(made, ignore_errors=True)
-        self.evict(keep=name)
+        try:
+            self.evict(keep=name)
+        except OSError as error:  # what was stored is there all the same
+            self._tell(f"the compile cache may outgrow its limit: {error}")
         return target
 
     def reject(self, name: str, reason: str) -> None:
         """Set an entry aside that does not hold what it promised, and say so."""
-        self.rejections.append(f"cache entry {name} was set aside: {reason}")
-        logger.warning("%s (kept under %s)", self.rejections[-1], self.folder / "rejected")
         try:
             self._set_aside(name)
+            where = f"kept under {self.folder / 'rejected'}"
         except OSError as error:  # then the next start finds it once more
-            self.rejections[-1] += f"; it is still there: {error.strerror}"
-            logger.warning("%s", self.rejections[-1])
+            where = f"it is still there: {error.strerror}"
+        self._tell(f"cache entry {name} was set aside: {reason} ({where})")
+
+    def is_writable(self) -> bool:
+        """Say whether entries can be stored."""
+        return os.access(self.folder, os.W_OK)
+
+    def names(self) -> list[str]:
+        """Return the names of all entries, whole or not; those used last come first."""
+        return [path.name for path in sorted((self.folder / "entries").iterdir(), key=_used, reverse=True)]
+
+    def folder_of(self, name: str) -> Path:
+        """Return where an entry is, if it is there."""
+        return self.folder / "entries" / name
+
+    def made_at(self, name: str) -> float:
+        """Return when an entry was made, in seconds since the epoch; 0 where it is not there."""
+        return _used(self.folder_of(name) / _MANIFEST)
 
     def evict(self, keep: str = "") -> list[str]:
-        """Remove the entries that were not used for longest until the rest fits; return their names."""
+        """Remove what was set aside, then the entries that were not used for longest, until the rest fits.
+
+        Returns the names of the entries removed.
+        """
         self._sweep()
-        entries = sorted(
-            ((_used(path), path) for path in (self.folder / "entries").iterdir()), key=lambda pair: pair[0]
-        )
-        sizes = {path: _size(path) for _, path in entries}
+        rejected, entries = (sorted((self.folder / name).iterdir(), key=_used) for name in ("rejected", "entries"))
+        sizes = {path: _size(path) for path in [*rejected, *entries]}
         total, gone = sum(sizes.values()), []
-        for _, path in entries:
+        for path in sizes:
             if total <= self._max_bytes:
                 break
-            if path.name != keep and self._remove_unless_used(path):
+            if path in rejected:
+                shutil.rmtree(path, ignore_errors=True)
+                total -= sizes[path]
+            elif path.name != keep and self._remove_unless_used(path):
                 total -= sizes[path]
                 gone.append(path.name)
         if gone:
@@ -163,7 +194,7 @@ class Cache:
         return gone
 
     def _find(self, name: str) -> Path | None:
-        path = self.folder / "entries" / name
+        path = self.folder_of(name)
         try:
             require_private(path)
             _check_manifest(path)
@@ -183,18 +214,21 @@ class Cache:
         with tempfile.TemporaryDirectory(prefix="aside-", dir=self.folder) as place:
             moved = Path(place) / name
             try:
-                (self.folder / "entries" / name).rename(moved)
+                self.folder_of(name).rename(moved)
                 moved.rename(rejected / f"{name}-{time.time_ns()}")
             except FileNotFoundError:
                 return  # another process did it
         for old in sorted(rejected.iterdir(), key=_used)[:-_KEPT_REJECTED]:
             shutil.rmtree(old, ignore_errors=True)
 
+    def _open_lock(self, name: str) -> AbstractContextManager[int]:
+        return open_lock(self.folder / "locks" / f"{name}.lock")
+
     def _remove_unless_used(self, path: Path) -> bool:
-        with self._lock_file(path.name) as lock:
+        with self._open_lock(path.name) as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                take(lock, fcntl.LOCK_EX)
+            except Busy:
                 return False
             shutil.rmtree(path, ignore_errors=True)
         return True
@@ -204,37 +238,6 @@ class Cache:
         for left in self.folder.glob("making-*"):
             if time.time() - _used(left) > 24 * 3600:
                 shutil.rmtree(left, ignore_errors=True)
-
-    @contextmanager
-    def _lock_file(self, name: str) -> Iterator[int]:
-        path = self.folder / "locks" / f"{name}.lock"
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES):
-                raise
-            # A container's image that `make ahead` has filled: its files can be locked all the same.
-            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield lock
-        finally:
-            os.close(lock)
-
-    def _lock(self, lock: int, how: int, what_for: str | None) -> None:
-        started = time.monotonic()
-        said = started
-        while True:
-            try:
-                fcntl.flock(lock, how | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if what_for is None:
-                    raise Busy from None
-                now = time.monotonic()
-                if now - said > _SAY_AFTER_S:
-                    logger.info("waiting for %s (%.0f s so far)", what_for, now - started)
-                    said = now
-                time.sleep(_POLL_S)
 
 
 def require_private(path: Path) -> None:

@@ -151,6 +151,11 @@ class Child:
         """What is left of the seconds that it may take once it is ready."""
         return self._budget.left_s if self._budget else math.inf
 
+    @property
+    def stretch(self) -> float:
+        """How much longer it has taken than with cores of its own, since it was ready or, before that, started."""
+        return self._budget.stretch if self._budget else 1.0
+
     def lines(self, seconds: float | None, start_s: float = _START_S) -> Iterator[bytes]:
         """Yield what it tells until it ends, or has had so many seconds since it was ready (None: any number).
 

@@ -117,6 +117,8 @@ class CacheConfig:
     uri: str | None = None
     """A folder of any storage that fsspec knows (file, s3, gs, ...), read at a start and written by whoever compiled
     first; entries are signed with the key in the environment variable PT2_CACHE_KEY. Default none."""
+    anew: bool = False
+    """Compile anew at this start, whatever is kept here or at the URI, and keep that in its place. Default false."""
     max_gb: float = 10.0
     """What it may hold, 10^9 bytes; the entries not used for longest are removed. Default 10."""
 

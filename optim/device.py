@@ -9,7 +9,6 @@ import logging
 import os
 import platform
 import re
-import shutil
 import sys
 import sysconfig
 import tempfile
@@ -25,6 +24,7 @@ import torch
 
 from optim import pages
 from optim.errors import describe
+from optim.scratch import Scratch
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +115,9 @@ def ensure_cache_folder() -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        own = tempfile.mkdtemp(prefix="pt2-inductor-")
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
-        os.environ[key] = own
+        scratch = Scratch("inductor")
+        atexit.register(scratch.remove)
+        own = os.environ[key] = str(scratch.path)
         note = f"Inductor's cache folder {folder} cannot be written ({error.strerror}); {own} is used instead"
         logger.warning(note)
         return note

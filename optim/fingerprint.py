@@ -24,6 +24,8 @@ from optim.engines.base import EngineJob
 
 #: Attributes of modules that say where they came from, not what they do: transformers keeps the checkpoint's folder.
 _ABOUT = {"name_or_path"}
+#: The part of a description that says what there is to build code with.
+TOOLS = "tools"
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -48,9 +50,14 @@ def describe_job(job: EngineJob, streams: int | None) -> dict[str, Any]:
             "instructions": _instructions(),
             # They need the C library and the C++ runtime that they were linked with, or newer ones.
             "libc": platform.libc_ver(),
+            "amx": job.info.capabilities["amx"].available,  # which Linux has to permit
+        },
+        TOOLS: {
             "compiler": _version_of(job.info.capabilities["cxx"].detail),
+            "python_headers": job.info.capabilities["python_headers"].available,
         },
         "config": config,
+        "package": config["export"]["path"] and _hash(Path(config["export"]["path"])),
         "phase": job.phase,
         "state": list(job.state),
         "examples": {str(b): [[str(t.dtype), list(t.shape)] for t in job.samples[b]] for b in sorted(job.samples)},
@@ -129,7 +136,8 @@ def _hash_class(kind: type) -> str:
 
 def _hash(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         return f"unreadable: {error.strerror}"
 

@@ -1,15 +1,15 @@
-"""The plan: which engine won which bucket, with its figures; what a warm start verifies instead of racing."""
+"""The plan: which engine won which bucket, with figures and reasons; what a warm start verifies instead of racing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from optim.buckets import Bucket
-from optim.report import CompileReport
+from optim.report import CompileReport, Refusal
 
 _FILE = "plan.json"
 #: What of a bucket's row a later start takes over; errors and tolerances are found anew.
@@ -26,18 +26,25 @@ class BadPlan(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """The outcome of a compilation: engines and figures by bucket, and how many streams there were."""
+    """The outcome of a compilation: engines, figures and refusals by bucket, and how many streams there were."""
 
     made_for: Mapping[str, Any]
     """What the compilation was of (`fingerprint.describe_job`)."""
     rows: Mapping[Bucket, Mapping[str, Any]]
     streams: int
+    refusals: Sequence[Refusal]
+    """Those of engines as a whole; a bucket's own are in its row."""
+    remarks: Sequence[str]
+    """What later starts should know of how it was made."""
 
     @classmethod
-    def of(cls, report: CompileReport, made_for: Mapping[str, Any]) -> Plan:
+    def of(cls, report: CompileReport, made_for: Mapping[str, Any], remarks: Iterable[str] = ()) -> Plan:
         """Take down what a report says."""
-        rows = {b.bucket: {"engine": b.engine, **{name: getattr(b, name) for name in _FIGURES}} for b in report.buckets}
-        return cls(made_for, rows, report.streams)
+        rows = {
+            b.bucket: {"engine": b.engine, "refusals": b.refusals, **{name: getattr(b, name) for name in _FIGURES}}
+            for b in report.buckets
+        }
+        return cls(made_for, rows, report.streams, report.refusals, list(remarks))
 
     @classmethod
     def load(cls, folder: Path, made_for: Mapping[str, Any]) -> Plan:
@@ -47,26 +54,61 @@ class Plan:
             rows = {
                 Bucket(int(row["batch_size"]), int(row["length"])): {
                     "engine": str(row["engine"]),
+                    "refusals": _refusals(row["refusals"]),
                     **{name: row[name] for name in _FIGURES},
                 }
                 for row in found["buckets"]
             }
-            streams = int(found["streams"])
-            theirs = found["made_for"]
+            streams, refusals = int(found["streams"]), _refusals(found["refusals"])
+            theirs, remarks = found["made_for"], list(map(str, found["remarks"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadPlan(f"its plan cannot be read ({type(error).__name__})") from error
-        if theirs != json.loads(json.dumps(made_for, default=str)):
+        if theirs != as_kept(made_for):
             raise BadPlan("its plan was made for something else")
-        return cls(made_for, rows, streams)
+        return cls(made_for, rows, streams, refusals, remarks)
+
+    @staticmethod
+    def subject(folder: Path) -> dict[str, Any] | None:
+        """Return what the plan in a folder says it was made for, as yet unproven; None where there is none."""
+        try:
+            return dict(json.loads((folder / _FILE).read_bytes())["made_for"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def save(self, folder: Path) -> None:
         """Write the plan into a folder."""
-        buckets = [{"batch_size": b.batch_size, "length": b.length, **row} for b, row in self.rows.items()]
-        found = {"made_for": self.made_for, "streams": self.streams, "buckets": buckets}
+        buckets = [
+            {
+                "batch_size": bucket.batch_size,
+                "length": bucket.length,
+                **row,
+                "refusals": [asdict(refusal) for refusal in row["refusals"]],
+            }
+            for bucket, row in self.rows.items()
+        ]
+        found = {
+            "made_for": self.made_for,
+            "streams": self.streams,
+            "buckets": buckets,
+            "refusals": [asdict(refusal) for refusal in self.refusals],
+            "remarks": self.remarks,
+        }
         (folder / _FILE).write_text(json.dumps(found, indent=1, default=str))
 
     def fill(self, report: CompileReport) -> None:
-        """Take the figures over into a report whose rows are those of the plan's buckets."""
+        """Take figures and reasons over into a report whose rows are those of the plan's buckets."""
         for row in report.buckets:
             for name in _FIGURES:
                 setattr(row, name, self.rows[row.bucket][name])
+            row.refusals += [refusal for refusal in self.rows[row.bucket]["refusals"] if refusal not in row.refusals]
+        report.refusals += [refusal for refusal in self.refusals if refusal not in report.refusals]
+        report.notes += [remark for remark in self.remarks if remark not in report.notes]
+
+
+def as_kept(made_for: Mapping[str, Any]) -> Any:
+    """Return a description as a plan that was read has it."""
+    return json.loads(json.dumps(made_for, default=str))
+
+
+def _refusals(found: Iterable[Mapping[str, Any]]) -> list[Refusal]:
+    return [Refusal(**refusal) for refusal in found]

@@ -82,6 +82,8 @@ class Standing:
     rounds: list[Round] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stretch: float = 1.0
+    """How much longer it took than with cores of its own (`Budget.stretch`)."""
 
     def take(self, event: Event) -> None:
         """Take down what a race tells; that an engine's turn begins is no finding."""

@@ -8,9 +8,11 @@ import io
 import logging
 import os
 import tarfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from optim.cache import FORMAT, Cache, Damaged
 from optim.errors import describe
@@ -22,6 +24,11 @@ logger = logging.getLogger(__name__)
 #: The environment variable with the key that signs what goes to `pt2.cache.uri`.
 KEY_VARIABLE = "PT2_CACHE_KEY"
 _SHORTEST_KEY = 16
+#: How long a replica that is not ready waits for a share, seconds: to start without the plan takes about as long as the
+#: first; the second is only to see whether something is wrong at once.
+_GET_S, _OFFER_S = 120.0, 10.0
+
+T = TypeVar("T")
 
 
 class Share(Protocol):
@@ -44,23 +51,26 @@ class ShareUnusable(Exception):
 class Exchange:
     """One entry of the cache, taken from the shares and given to them; what goes wrong is a note in the report."""
 
-    def __init__(self, cache: Cache, entry: str, shares: Sequence[Share], report: CompileReport) -> None:
+    def __init__(
+        self, cache: Cache, entry: str, shares: Sequence[Share], report: CompileReport, *, anew: bool = False
+    ) -> None:
         self._cache, self._entry, self._shares, self._report = cache, entry, shares, report
         self._has_adopted = False
-        self._is_anew = False
+        #: Whether what is offered takes the place of what is there.
+        self.is_anew = anew
 
     def adopt(self) -> Path | None:
         """Return the entry of the first share that has it, now in the cache too; call while it is held."""
-        for share in self._shares:
+        for share in () if self.is_anew else self._shares:
             try:
-                packed = share.get(self._entry)
+                packed = _within(_GET_S, lambda share=share: share.get(self._entry), daemon=True)  # type: ignore[misc]
                 if packed is not None:
                     path = self._cache.adopt(self._entry, lambda folder, found=packed: unpack(found, folder))  # type: ignore[misc]
                     self._report.notes.append(f"the plan came from {share.name}")
                     self._has_adopted = True
                     return path
             except (Damaged, tarfile.TarError, FileNotFoundError) as error:  # the last: there is no manifest
-                self._is_anew = True
+                self.is_anew = True
                 self._tell(share, "nothing is taken from", error)
             except Exception as error:  # storages and networks of all kinds; a cold start is always there
                 self._tell(share, "nothing is taken from", error)
@@ -71,20 +81,43 @@ class Exchange:
 
         Not where that was only slow here: this machine may be under load, and the plan good for all others.
         """
-        self._is_anew = self._has_adopted and not reason.is_slow
+        self.is_anew |= self._has_adopted and not reason.is_slow
 
     def offer(self, path: Path | None) -> None:
         """Offer the entry to all shares, if there is one."""
         for share in self._shares if path is not None else ():
             assert path is not None
             try:
-                share.offer(self._entry, path, anew=self._is_anew)
+                _within(_OFFER_S, lambda share=share: share.offer(self._entry, path, anew=self.is_anew), daemon=False)  # type: ignore[misc]
             except Exception as error:
                 self._tell(share, "nothing is left in", error)
 
     def _tell(self, share: Share, what: str, error: Exception) -> None:
         self._report.notes.append("{} {}: {}: {}".format(what, share.name, *describe(error, 300)))
         logger.warning(self._report.notes[-1])
+
+
+def _within(seconds: float, call: Callable[[], T], *, daemon: bool) -> T:
+    """Return what a call returns; TimeoutError where it takes longer.
+
+    Else a storage that hangs would keep the replica from ever being ready. The call goes on meanwhile; without
+    `daemon` a process that ends by itself waits for it, so that what is on its way arrives.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # for the thread that waits, whatever it is
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="optim: share", daemon=daemon).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        if done.done():  # it was the storage's own
+            raise
+        raise TimeoutError(f"it takes longer than {seconds:.0f} s and goes on meanwhile") from None
 
 
 def pack(folder: Path) -> bytes:

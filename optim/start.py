@@ -31,6 +31,9 @@ RACE_BUDGET_S = 60.0
 #: Seconds that the building of one engine, or the warm-up of one of its buckets, may take where no budget is given.
 ENGINE_LIMIT_S = 900.0
 
+#: A race that took this much longer, because it waited for cores, is told of: it may have other winners.
+LOADED = 1.2
+
 Built = tuple[dict[Bucket, Lane], Streams | None]
 
 
@@ -51,6 +54,8 @@ class Start:
         self._job, self._reference, self._report = job, reference, report
         self._streams, self._must_pay, self._race = streams, must_pay, race
         self._on_lane = on_lane
+        #: What later starts should know of how the plan was made.
+        self.remarks: list[str] = []
 
     def begin_again(self) -> None:
         """Forget what a start that was given up wrote into the report's rows."""
@@ -73,6 +78,12 @@ class Start:
             with clock(report, "race"):
                 standing, trials = _race(job, self._reference, names, job.config.tune.budget_s or RACE_BUDGET_S, report)
             _take_down(standing, report)
+            if standing.stretch >= LOADED:
+                self._report.notes.append(
+                    f"the race was held beside a load (things took {standing.stretch:.1f} times as long): figures and "
+                    "winners may be others on a quiet machine"
+                )
+                self.remarks.append(self._report.notes[-1])
             ranking = self._rank(standing)
             # What took the race's whole budget there is not to be waited for any longer here.
             limit_s = ENGINE_LIMIT_S
@@ -100,9 +111,7 @@ class Start:
                 reason = f"its plan does not hold any more: {why[-1] if why else row.engine}"
                 raise BadPlan(reason, is_slow=bool(why) and why[-1].stage == "time")
         plan.fill(report)
-        if plan.streams == 1:
-            if self._streams > 1:
-                report.notes.append("one run at a time, as the plan says")
+        if plan.streams == 1:  # why, it says
             return lanes, None
         return lanes, self._build_streams(job, lanes, plan)
 
@@ -141,7 +150,9 @@ class Start:
                 raise BadPlan(f"its plan does not hold any more: one run at a time: {reason}") from reason
             # While versions are rolled out the old one has the memory: no reason to have engines compete again.
             self._report.notes.append(f"one run at a time: {reason}")
-            if plan is not None:
+            if plan is None:
+                self.remarks.append(self._report.notes[-1])
+            else:
                 logger.warning("one run at a time, though the plan has %d: %s", plan.streams, reason)
                 for row in self._report.buckets:
                     row.stream_ms = row.stream_gain = None
@@ -161,8 +172,11 @@ def _race(
         except NotCarried as reason:
             report.notes.append(f"the race was held in this process: {reason}")
             logger.info("the race is held in this process: %s", reason)
-    race = Race(job, reference, names, Budget(budget_s), _tell, buckets=buckets)
-    return race.run(), race.trials
+    budget = Budget(budget_s)
+    race = Race(job, reference, names, budget, _tell, buckets=buckets)
+    standing = race.run()
+    standing.stretch = budget.stretch
+    return standing, race.trials
 
 
 def _tell(event: Event) -> None:

@@ -62,8 +62,9 @@ class Trial:
         """Run preflight and build; return why the engine cannot be used at all, if so."""
         engine, stage, budget = self.engine, "preflight", Budget.of(self.limit)
         try:
-            if engine.needs_dynamo and stuck_calls():
-                raise Unavailable(f"an earlier compilation hangs and holds Dynamo's lock ({stuck_calls()[0]})")
+            if engine.needs_dynamo and stuck_calls():  # which is over with this process: no reason that lasts
+                message = f"an earlier compilation hangs and holds Dynamo's lock ({stuck_calls()[0]})"
+                return Refusal(engine.name, "budget", None, None, message)
             if engine.job.state and not engine.keeps_state:
                 raise Unavailable(f"it would take the module's state for constants ({', '.join(engine.job.state[:3])})")
             engine.preflight()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch.export import ExportedProgram
 from optim.buckets import Bucket
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.errors import is_device_error
+from optim.scratch import Scratch
 from optim.shapes import Inputs
 from optim.tree import tensors_of
 from optim.verify import Mismatch
@@ -92,8 +91,8 @@ class AotEngine(Engine):
         return self._load(path)
 
     def _make_folder(self) -> Path:
-        self._folder = Path(tempfile.mkdtemp(prefix="pt2-aot-"))
-        self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        scratch = Scratch("aot")
+        self._folder, self._clean_up = scratch.path, scratch.remove
         return self._folder
 
     def _export(self, module: nn.Module, sample: Inputs, dynamic: Any) -> ExportedProgram:

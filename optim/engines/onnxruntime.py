@@ -6,9 +6,7 @@ import contextlib
 import io
 import logging
 import shutil
-import tempfile
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from optim.buckets import Bucket
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require
 from optim.engines.tracing import require_traceable
 from optim.errors import is_device_error
+from optim.scratch import Scratch
 
 #: torch's dtypes that numpy has too; ONNX Runtime's Python API takes and gives numpy arrays.
 _DTYPES = {
@@ -70,8 +69,8 @@ class OnnxRuntimeEngine(Engine):
         if self.kept is not None:
             self._folder, self._shared = self.kept, (self.kept / "shared.onnx").exists()
             return
-        self._folder = Path(tempfile.mkdtemp(prefix="pt2-onnx-"))
-        self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        scratch = Scratch("onnx")
+        self._folder, self._clean_up = scratch.path, scratch.remove
         shapes = self._free_sizes()
         if shapes is None:
             self._shared = False

@@ -42,6 +42,8 @@ def test_a_replica_finds_what_was_compiled_ahead(tmp_path: Path, capsys: pytest.
     assert model.report.start == "warm"
     assert main([write(tmp_path)]) == 0
     assert "was there already" in capsys.readouterr().out
+    assert main([write(tmp_path), "--anew"]) == 0
+    assert "is there now" in capsys.readouterr().out
 
 
 def test_what_would_be_compiled_in_the_background_is_compiled_ahead_too(tmp_path: Path) -> None:

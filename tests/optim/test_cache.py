@@ -69,8 +69,8 @@ def test_an_entry_that_was_touched_is_set_aside(cache: Cache, file: str, how: st
         path.symlink_to(found.parent / "elsewhere")
     assert find(cache, "a") is None or (how == "link" and file == "MANIFEST.json")
     if not found.exists():
-        assert len(cache.rejections) == 1
-        assert "cache entry a was set aside: " in cache.rejections[0]
+        assert len(cache.notes) == 1
+        assert "cache entry a was set aside: " in cache.notes[0]
         assert len(list((cache.folder / "rejected").iterdir())) == 1
     put(cache, "a", one=b"again")
     assert find(cache, "a") is not None
@@ -80,7 +80,7 @@ def test_a_file_that_was_added_is_noticed(cache: Cache) -> None:
     put(cache, "a", one=b"1")
     (cache.folder / "entries" / "a" / "more.so").write_bytes(b"?")
     assert find(cache, "a") is None
-    assert "files were added or are gone: more.so" in cache.rejections[0]
+    assert "files were added or are gone: more.so" in cache.notes[0]
 
 
 def test_what_cannot_be_made_leaves_nothing(cache: Cache) -> None:
@@ -107,7 +107,7 @@ def test_an_entry_that_others_can_write_to_is_not_used(cache: Cache) -> None:
     put(cache, "a", one=b"1")
     (cache.folder / "entries" / "a").chmod(0o777)
     assert find(cache, "a") is None
-    assert "can be written by others" in cache.rejections[0]
+    assert "can be written by others" in cache.notes[0]
 
 
 def test_a_place_where_no_folder_can_be_is_told(tmp_path: Path) -> None:
@@ -135,6 +135,45 @@ def test_an_entry_in_use_is_not_evicted(tmp_path: Path) -> None:
         assert path.exists()
     cache.evict(keep="new")
     assert find(cache, "used") is None
+
+
+def test_what_was_set_aside_makes_room_first(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 2500)
+    put(cache, "good", data=bytes(1000))
+    put(cache, "bad", data=bytes(1000))
+    cache.reject("bad", "it was wrong")
+    assert len(list((cache.folder / "rejected").iterdir())) == 1
+    put(cache, "new", data=bytes(1000))
+    assert {path.name for path in (cache.folder / "entries").iterdir()} == {"good", "new"}
+    assert list((cache.folder / "rejected").iterdir()) == []
+
+
+def test_what_is_stored_stays_where_no_room_can_be_made(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("optim.cache._size", fail)
+    put(cache, "a", one=b"1")
+    assert find(cache, "a") is not None
+    assert "the compile cache may outgrow its limit" in cache.notes[0]
+
+
+@pytest.mark.parametrize("what", ["entry", "turn"])
+def test_a_stuck_owner_is_not_waited_for_without_end(cache: Cache, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optim.cache._PATIENCE_S", 0.2)
+    monkeypatch.setattr("optim.cache._PATIENCE_FOR_A_TURN_S", 0.2)
+    stuck = Cache(cache.folder.parent, MUCH)
+    if what == "entry":
+        with stuck.hold("a") as ours:
+            assert ours is None
+            assert find(cache, "a") is None
+            put(cache, "a", one=b"1")  # nothing keeps the other one from making it too
+            assert (cache.folder / "entries" / "a" / "one").read_bytes() == b"1"
+    else:
+        with stuck.turn(), cache.turn():
+            pass
+    assert len(cache.notes) == 1
+    assert "it has waited 0 s for" in cache.notes[0]
 
 
 def test_one_makes_it_and_the_others_wait(cache: Cache) -> None:
@@ -210,7 +249,6 @@ def make_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "open", open_to_read)
     monkeypatch.setattr(os, "utime", refuse)
-    monkeypatch.setattr(os, "rename", refuse)
     monkeypatch.setattr("tempfile.mkdtemp", lambda *args, **names: refuse("/tmp"))
     monkeypatch.setattr(Path, "rename", refuse)
 
@@ -237,7 +275,9 @@ def test_what_cannot_be_set_aside_is_told_and_not_used(cache: Cache, monkeypatch
     (found / "one").write_bytes(b"2")
     make_read_only(monkeypatch)
     assert find(cache, "a") is None
-    assert cache.rejections[0].endswith("one is not what was stored; it is still there: Read-only file system")
+    assert find(cache, "a") is None
+    found_it = "cache entry a was set aside: one is not what was stored (it is still there: Read-only file system)"
+    assert [note for note in cache.notes if "set aside" in note] == [found_it], "said once, however often it is found"
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

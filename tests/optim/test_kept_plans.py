@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from optim import CompileError, compile_model
 from optim.buckets import PROBES
-from optim.cache import default_folder
+from optim.cache import Cache, default_folder
+from optim.device import Capability, inspect_device
+from optim.kept import set_aside_older
 from optim.report import CompileReport
 from tests.support import backends, models
 
 assert backends.BACKENDS, "imported, so that they are registered"
 
 
-def start(section: dict[str, Any], *sizes: int) -> CompileReport:
-    return compile_model(models.Mlp(), models.features, section, batch_sizes=sizes or (1,), device="cpu").report
+CPU = inspect_device(torch.device("cpu")).capabilities
+NO_COMPILER = Capability(False, "no C++ compiler (no g++ or clang++ on PATH): a test")
+
+
+def start(section: dict[str, Any], *sizes: int, **more: Any) -> CompileReport:
+    sizes = sizes or (1,)
+    return compile_model(models.Mlp(), models.features, section, batch_sizes=sizes, device="cpu", **more).report
 
 
 def named(engine: str, **more: Any) -> dict[str, Any]:
@@ -77,3 +88,126 @@ def test_a_race_that_no_engine_ends_leaves_eager(engine: str, budget_s: float, o
     assert not report.buckets[0].eager_won
     assert report.all_refusals()
     assert entries() == []
+
+
+def test_a_warm_start_says_what_the_race_said_of_those_that_lost() -> None:
+    cold, warm = (start(race("pt2test_slow", "pt2test_wrong"), 1, 4) for _ in range(2))
+    assert (cold.start, warm.start) == ("cold", "warm")
+    assert {refusal.engine for refusal in cold.all_refusals()} >= {"pt2test_wrong"}
+    assert warm.refusals == cold.refusals
+    assert [row.refusals for row in warm.buckets] == [row.refusals for row in cold.buckets]
+
+
+def test_a_plan_that_was_made_beside_a_load_says_so_at_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optim.arena._Racing.stretch", 2.5)
+    cold, warm = (start(race("pt2test_faithful")) for _ in range(2))
+    assert (cold.start, warm.start) == ("cold", "warm")
+    for report in (cold, warm):
+        assert sum("beside a load (things took 2.5 times as long)" in note for note in report.notes) == 1
+
+
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+def test_why_there_is_one_stream_is_said_at_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr("optim.streams.is_room_for", lambda size: False)
+    section = named("onnxruntime", compile={"backend": "onnxruntime", "only_if_faster": False})
+    try:
+        cold, warm = (start(section, streams=2) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert (cold.start, warm.start) == ("cold", "warm")
+    for report in (cold, warm):
+        assert sum("might not leave half of the free memory" in note for note in report.notes) == 1
+
+
+def faithful(**more: Any) -> dict[str, Any]:
+    return {"compile": {"backend": "pt2test_faithful", "only_if_faster": False}, **more}
+
+
+def test_a_plan_can_be_made_anew() -> None:
+    assert start(faithful()).start == "cold"
+    anew = start(faithful(cache={"anew": True}))
+    assert anew.start == "cold"
+    assert any("was set aside: pt2.cache.anew is set" in note for note in anew.notes)
+    assert len(entries()) == 1
+    assert start(faithful()).start == "warm"
+
+
+def test_of_several_that_make_it_anew_one_does() -> None:
+    began = time.time()
+    start(faithful())
+    (entry,) = entries()
+    cache = Cache(default_folder(), 10**9)
+    set_aside_older(cache, entry.name, began)
+    assert entries() == [entry], "another replica has made it meanwhile"
+    set_aside_older(cache, entry.name, time.time())
+    assert entries() == []
+
+
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+@pytest.mark.parametrize("when", ["start", "background"])
+def test_what_was_made_with_a_compiler_is_found_without_one(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"compile": {"backend": "onnxruntime", "only_if_faster": False, "when": when}}
+    start({"compile": {**section["compile"], "when": "start"}}, 1, 4)
+    monkeypatch.setattr("optim.device._find_compiler", lambda: NO_COMPILER)
+    monkeypatch.setattr("optim.device._find_headers", lambda: Capability(False, "Python.h is not there"))
+    report = start(section, 1, 4)
+    assert (report.start, report.engines()) == ("warm", {"1": "onnxruntime", "4": "onnxruntime"})
+    assert "the plan was made with a C++ compiler, which this machine does not have" in report.notes
+    assert len(entries()) == 1
+
+
+@pytest.mark.skipif(not CPU["cxx"].available, reason=CPU["cxx"].detail)
+def test_a_plan_that_needs_a_compiler_stays_for_those_who_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"compile": {"backend": "inductor", "only_if_faster": False}}
+    start(section)
+    (theirs,) = entries()
+    with monkeypatch.context() as patch:
+        patch.setattr("optim.device._find_compiler", lambda: NO_COMPILER)
+        report = start(section)
+    assert (report.start, report.engines()) == ("cold", {"1": "eager"})
+    told = "a plan that was made with a C++ compiler is not used: its plan does not hold any more: inductor was refused"
+    assert any(note.startswith(told) for note in report.notes), report.notes
+    assert theirs in entries()
+    assert start(section).start == "warm"
+
+
+@pytest.mark.parametrize("capability", ["_find_headers", "_find_amx"])
+def test_what_is_permitted_or_installed_later_is_another_key(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(faithful())
+    name = {"_find_headers": "python_headers", "_find_amx": "amx"}[capability]
+    other = Capability(not CPU[name].available, "a test")
+    monkeypatch.setattr(f"optim.device.{capability}", lambda *args: other)
+    assert start(faithful()).start == "cold"
+    assert len(entries()) == 2
+
+
+def test_a_package_that_is_given_later_is_found(tmp_path: Path) -> None:
+    """That there was none is kept with eager: another file is another key."""
+    section = {"export": {"aot_compile": True, "path": str(tmp_path / "model.pt2")}}
+    for expected in ("cold", "warm"):
+        report = start(section)
+        assert (report.start, report.engines()) == (expected, {"1": "eager"})
+    (tmp_path / "model.pt2").write_bytes(b"not a package")
+    assert start(section).start == "cold"
+
+
+def test_in_a_folder_that_nothing_can_be_written_to_nothing_is_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cache, "is_writable", lambda cache: False)
+    section = {"compile": {"backend": "pt2test_faithful", "only_if_faster": False, "when": "background"}}
+    report = start(section)
+    assert (report.start, report.engines()) == ("cold", {"1": "pt2test_faithful"})
+    assert any("what another process makes could not be kept in" in note for note in report.notes)
+    assert start(section).start == "warm", "an image's plan is found"
+
+
+def test_several_files_that_cannot_be_kept_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **more: Any) -> None:
+        raise shutil.Error([("one", "two", "[Errno 28] No space left on device")])
+
+    monkeypatch.setattr(shutil, "copytree", fail)
+    report = start(faithful())
+    (note,) = (note for note in report.notes if note.startswith("no plan is kept"))
+    assert "No space left on device" in note
+    assert os.listdir(default_folder() / "v1" / "entries") == []

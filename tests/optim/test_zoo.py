@@ -206,6 +206,7 @@ def test_a_compiler_that_hangs_is_not_waited_for(hanging: None, backend: str, te
     if backend == "hangs":  # it holds Dynamo's lock: nothing may wait for it
         second = build(module, "pt2test_faithful")
         assert "hangs and holds Dynamo's lock" in second.report.refusals[0].message
+        assert any(note.startswith("no plan is kept: bucket") for note in second.report.notes), "the next can compile"
         check(second, module)
 
 

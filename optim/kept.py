@@ -1,0 +1,138 @@
+"""Kept plans: where they are, what they are of, how a start goes by one, and which are kept for later starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from optim.background import PutOff
+from optim.cache import Cache, CacheUnusable, default_folder
+from optim.engines import EngineJob
+from optim.errors import describe, is_device_error
+from optim.fingerprint import TOOLS, describe_job, hash_weights
+from optim.locks import Busy
+from optim.plan import BadPlan, Plan, as_kept
+from optim.report import CompileReport
+from optim.share import KEY_VARIABLE, Share, ShareUnusable, UriShare
+from optim.start import Built, Start
+
+logger = logging.getLogger(__name__)
+
+
+def open_cache(job: EngineJob, report: CompileReport) -> Cache | None:
+    """Return the cache that the configuration asks for, or None with a note where it cannot be used."""
+    asked = job.config.cache
+    try:
+        folder = Path(asked.folder).expanduser() if asked.folder else default_folder()
+        return Cache(folder, int(asked.max_gb * 1e9))
+    except (CacheUnusable, RuntimeError) as reason:  # the second: `~` of a user without a home
+        _no_cache(report, str(reason))
+        return None
+
+
+def open_uri(job: EngineJob, report: CompileReport) -> list[Share]:
+    """Return what is shared through `pt2.cache.uri`: one share, or none, with a note where it cannot be used."""
+    uri = job.config.cache.uri
+    if uri is None:
+        return []
+    try:
+        return [UriShare(uri, os.environ.get(KEY_VARIABLE))]
+    except ShareUnusable as reason:
+        report.notes.append(f"pt2.cache.uri: {uri} is not used: {reason}")
+        logger.warning(report.notes[-1])
+        return []
+
+
+def describe_subject(job: EngineJob, streams: int, report: CompileReport) -> dict[str, Any] | None:
+    """Return what decides the result, or None with a note for a module that cannot be described."""
+    try:
+        return {**describe_job(job, streams), "weights": hash_weights(job.module, job.state)}
+    except Exception as error:  # modules and tensors of all kinds
+        if is_device_error(error):
+            raise
+        _no_cache(report, "the module cannot be described: {}: {}".format(*describe(error, 300)))
+        return None
+
+
+def _no_cache(report: CompileReport, reason: str) -> None:
+    report.notes.append(f"no compile cache: {reason}")
+    logger.warning(report.notes[-1])
+
+
+def set_aside_older(cache: Cache, key: str, began: float) -> None:
+    """Set a plan aside that was not made since this start began, by another replica of the same deployment."""
+    with cache.hold(key) as path:
+        if path is not None and cache.made_at(key) < began:
+            cache.reject(key, "pt2.cache.anew is set")
+
+
+def start_by_plan(start: Start, todo: PutOff, path: Path | None, report: CompileReport) -> Built | None:
+    """Start as the plan of an entry says and offer it on; None where it does not hold, which sets it aside."""
+    if path is None:
+        return _start_without_tools(start, todo, report)
+    try:
+        built = start.start_warm(Plan.load(path, todo.made_for), path)
+    except BadPlan as reason:
+        todo.cache.reject(todo.key, str(reason))
+        todo.exchange.replace(reason)
+        start.begin_again()
+        return None
+    todo.exchange.offer(path)
+    return built
+
+
+def _start_without_tools(start: Start, todo: PutOff, report: CompileReport) -> Built | None:
+    """Start by a plan that was made where there is a compiler, on a machine that has none; None where none holds.
+
+    As in the container of an image whose compiler stayed behind in the stage that filled the cache.
+    """
+    if todo.made_for[TOOLS]["compiler"] is not None or todo.exchange.is_anew:
+        return None
+    ours = as_kept({**todo.made_for, TOOLS: None})
+    for name in todo.cache.names():
+        made_for = Plan.subject(todo.cache.folder_of(name))
+        if made_for is None or {**made_for, TOOLS: None} != ours:
+            continue
+        try:
+            with todo.cache.hold(name, wait=False) as path:
+                if path is not None:
+                    built = start.start_warm(Plan.load(path, made_for), path)
+                    report.notes.append("the plan was made with a C++ compiler, which this machine does not have")
+                    return built
+        except (BadPlan, Busy) as reason:  # it stays for those who have one
+            report.notes.append(f"a plan that was made with a C++ compiler is not used: {reason}")
+            start.begin_again()
+    return None
+
+
+def keep(cache: Cache, key: str, folder: Path, plan: Plan, report: CompileReport, *, must_compile: bool) -> Path | None:
+    """Store what was found and made, unless a bucket is eager for a reason that may not be there next time.
+
+    Where eager won, that other engines had no time is no such reason: beside a load they would have none next time
+    either, and every start would be cold. Nor is a plan kept with which the next start would fail.
+    """
+    lasting = {"time", "preflight", "verify"}
+    for row in report.buckets:
+        if row.engine != "eager":
+            continue
+        known = lasting | {"budget"} if row.eager_won else set() if must_compile else lasting
+        failed = [r for r in [*report.refusals, *row.refusals] if r.stage not in known]
+        if failed:
+            report.notes.append(f"no plan is kept: bucket {row.bucket} is eager, and {failed[0]}")
+            return None
+
+    def fill(target: Path) -> None:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+        plan.save(target)
+
+    try:
+        path = cache.store(key, fill)
+    except OSError as error:  # of several files together (shutil.Error), too
+        report.notes.append("no plan is kept: {}: {}".format(*describe(error, 300)))
+        logger.warning(report.notes[-1])
+        return None
+    report.cache = str(path)
+    return path
