@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from deployments.check import OUR_BUILDER
 from deployments.check import main as check
 from deployments.compile import compile_all, resources
 from optim.report import CompileReport
+from optim.share import finish_offers
+
+#: How long is waited at the end for what is on its way to `pt2.cache.uri`, seconds.
+_UPLOAD_S = 900.0
 
 
 def _models(config: Mapping[str, Any]) -> Iterator[tuple[ModelArgs, str, int]]:
@@ -54,7 +59,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("files", nargs="*", metavar="FILE", default=["serve_config.yaml"])
     parser.add_argument("--anew", action="store_true", help="compile what is in the cache, too, and replace it")
     asked = parser.parse_args(arguments)
-    files = asked.files
+    files, now = asked.files, datetime.now(UTC).isoformat()
     if status := check(files, serving=False):
         return status
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -64,13 +69,16 @@ def main(arguments: list[str]) -> int:
         # What compiles in the background there finds the same.
         pt2 = args.pt2.at_start()
         if asked.anew:
-            pt2 = replace(pt2, cache=replace(pt2.cache, anew=True))
+            pt2 = replace(pt2, cache=replace(pt2.cache, not_before=now))
         models = compile_all(args.make_model(), replace(args, pt2=pt2), device, threads)
         for name, model in models.items():
             if not _tell(f"{args.name}{name and f', {name}'}", model.report):
                 status = 1
         del models, model
         gc.collect()
+    if not finish_offers(_UPLOAD_S):
+        print(f"not all that was made has reached the storage within {_UPLOAD_S:.0f} s", file=sys.stderr)
+        status = 1
     return status
 
 

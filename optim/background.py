@@ -184,12 +184,13 @@ class Background:
         todo, model = self._todo, self._model
         with todo.cache.hold(todo.key) as path:
             if path is None:
-                return "the entry of the cache is gone"
+                return "the entry of the cache is gone, or cannot be locked"
             scratch = CompileReport(torch.__version__, model.report.device, model.report.config)
             scratch.buckets = [BucketReport(row.batch_size, row.length) for row in model.report.buckets]
             model.others_compile = True
             try:
                 plan = Plan.load(path, todo.made_for)
+                plan.explain(model.report)  # another process may have made it
                 self._build(plan, path, scratch)
             except BadPlan as reason:
                 todo.cache.reject(todo.key, str(reason))
@@ -197,7 +198,8 @@ class Background:
             finally:
                 self._between_runs(self._end_compiling)
                 known = model.report.notes
-                known += [note for note in [*scratch.notes, *self._reference.notes] if note not in known]
+                notes = [*scratch.notes, *self._reference.notes, *todo.cache.notes]
+                known += [note for note in notes if note not in known]
             model.report.cache = str(path)
             todo.exchange.offer(path)
         return None

@@ -32,7 +32,7 @@ _KEPT_REJECTED = 4
 _TURN = "turn"
 #: How long somebody else is waited for, who may be stuck: longer than a decoder of many buckets takes to compile. What
 #: follows is at worst a second compilation, or figures taken beside another race.
-_PATIENCE_S, _PATIENCE_FOR_A_TURN_S = 3600.0, 900.0
+_PATIENCE_S = 3600.0
 
 
 class CacheUnusable(Exception):
@@ -105,7 +105,7 @@ class Cache:
             with self._or_without("other models on this machine may race at the same time"):
                 lock = stack.enter_context(self._open_lock(_TURN))
                 others = "its turn to measure, after another model on this machine"
-                take(lock, fcntl.LOCK_EX, Waiting(others, _PATIENCE_FOR_A_TURN_S))
+                take(lock, fcntl.LOCK_EX, Waiting(others, _PATIENCE_S))
             yield
 
     @contextmanager
@@ -150,10 +150,10 @@ class Cache:
         """Set an entry aside that does not hold what it promised, and say so."""
         try:
             self._set_aside(name)
-            where = f"kept under {self.folder / 'rejected'}"
+            done = f"was set aside, under {self.folder / 'rejected'}"
         except OSError as error:  # then the next start finds it once more
-            where = f"it is still there: {error.strerror}"
-        self._tell(f"cache entry {name} was set aside: {reason} ({where})")
+            done = f"is not used, and cannot be set aside ({error.strerror})"
+        self._tell(f"cache entry {name} {done}: {reason}")
 
     def is_writable(self) -> bool:
         """Say whether entries can be stored."""
@@ -166,10 +166,6 @@ class Cache:
     def folder_of(self, name: str) -> Path:
         """Return where an entry is, if it is there."""
         return self.folder / "entries" / name
-
-    def made_at(self, name: str) -> float:
-        """Return when an entry was made, in seconds since the epoch; 0 where it is not there."""
-        return _used(self.folder_of(name) / _MANIFEST)
 
     def evict(self, keep: str = "") -> list[str]:
         """Remove what was set aside, then the entries that were not used for longest, until the rest fits.
@@ -235,7 +231,7 @@ class Cache:
 
     def _sweep(self) -> None:
         """Remove what processes that died left half made."""
-        for left in self.folder.glob("making-*"):
+        for left in [*self.folder.glob("making-*"), *self.folder.glob("aside-*")]:
             if time.time() - _used(left) > 24 * 3600:
                 shutil.rmtree(left, ignore_errors=True)
 

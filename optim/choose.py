@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from optim.cache import Cache
 from optim.child import NotCarried
 from optim.engines import EngineJob, choose_engines
 from optim.fingerprint import key_of
-from optim.kept import describe_subject, keep, open_cache, open_uri, set_aside_older, start_by_plan
+from optim.kept import describe_subject, keep_plan, open_cache, open_uri, start_by_plan, start_without_compiler
 from optim.locks import Busy
 from optim.model import Lane
 from optim.plan import Plan
@@ -53,7 +52,6 @@ def choose(
     A plan that is not kept here may come from another machine, over one of the shares. With `compile.when: background`
     nothing competes here: eager serves each bucket, and the rest is put off.
     """
-    began = time.time()
     report.buckets = [BucketReport(b.batch_size, b.length or None) for b in sorted(job.samples)]
     choice = choose_engines(job)
     report.notes += choice.notes
@@ -70,10 +68,12 @@ def choose(
         with Scratch("build") as folder:
             return Outcome(*start.start_cold(choice.names, folder))
     key = key_of(made_for)
-    exchange = Exchange(cache, key, [*shares, *open_uri(job, report)], report, anew=job.config.cache.anew)
+    exchange = Exchange(cache, key, [*shares, *open_uri(job, report)], report)
     todo = PutOff(cache, key, made_for, exchange, streams, streams_must_pay)
-    if job.config.cache.anew:
-        set_aside_older(cache, key, began)
+    kept = start_without_compiler(start, todo, job, report)
+    if kept is not None:
+        report.notes += cache.notes
+        return Outcome(*kept)
     if job.config.compile.when == "background":
         if job.state:
             outcome = None
@@ -86,20 +86,20 @@ def choose(
         if outcome is not None:
             report.notes += cache.notes
             return outcome
-    for attempt in range(2):  # once more after a plan was set aside; then whoever is first makes a new one
+    for _ in range(3):  # once more after a plan of ours was set aside, or a share's; then who is first makes a new one
         with ExitStack() as stack:
             with clock(report, "cache"):
                 path = stack.enter_context(cache.hold(key))
-            if path is None and attempt == 0:
+            if path is None:
                 with clock(report, "share"):
                     path = exchange.adopt()
-            kept = start_by_plan(start, todo, path, report)
-            if kept is not None:
-                built = kept
-                break
             if path is None:
                 built, path = _race(start, choice.names, cache, key, made_for, job, report)
                 exchange.offer(path)
+                break
+            kept = start_by_plan(start, todo, path, job.config.cache.oldest())
+            if kept is not None:
+                built = kept
                 break
     else:
         with _turn(cache, job, report), Scratch("build") as folder:
@@ -117,7 +117,7 @@ def _start_at_once(
             if path is None:
                 with clock(report, "share"):
                     path = todo.exchange.adopt()
-            built = start_by_plan(start, todo, path, report)
+            built = None if path is None else start_by_plan(start, todo, path, job.config.cache.oldest())
             if built is not None:
                 return Outcome(*built)
     except Busy:  # then it is waited for in the background
@@ -145,10 +145,8 @@ def _race(
     """Let engines compete in their turn; return what they built, and the entry where the plan is kept, if it is."""
     with _turn(cache, job, report), Scratch("build") as folder:
         built = start.start_cold(names, folder)
-        must_compile = job.config.must_compile
-        return built, keep(
-            cache, key, folder, Plan.of(report, made_for, start.remarks), report, must_compile=must_compile
-        )
+        plan = Plan.of(report, made_for, start.remarks)
+        return built, keep_plan(job, cache, key, folder, plan, report)
 
 
 def _not_put_off(report: CompileReport, reason: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Literal, get_origin
 
@@ -117,10 +118,17 @@ class CacheConfig:
     uri: str | None = None
     """A folder of any storage that fsspec knows (file, s3, gs, ...), read at a start and written by whoever compiled
     first; entries are signed with the key in the environment variable PT2_CACHE_KEY. Default none."""
-    anew: bool = False
-    """Compile anew at this start, whatever is kept here or at the URI, and keep that in its place. Default false."""
+    not_before: str | None = None
+    """A time ("2026-11-30T12:00Z", in quotes; UTC unless it says): plans made before it are made anew. Default none."""
     max_gb: float = 10.0
     """What it may hold, 10^9 bytes; the entries not used for longest are removed. Default 10."""
+
+    def oldest(self) -> float:
+        """Return `not_before` in seconds since the epoch, 0 without it; ValueError where it is no time."""
+        if self.not_before is None:
+            return 0.0
+        found = datetime.fromisoformat(self.not_before)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 Kernel = Literal["math", "flash", "efficient", "cudnn"]
@@ -257,6 +265,10 @@ def _check(config: Pt2Config, section: Mapping[Any, Any]) -> None:
         _check_background(config)
     if config.export.path is not None and not config.export.aot_compile:
         raise ConfigError("pt2.export.path", config.export.path, "only with pt2.export.aot_compile: true")
+    try:
+        config.cache.oldest()
+    except ValueError as error:
+        raise ConfigError("pt2.cache.not_before", config.cache.not_before, f"use an ISO 8601 time ({error})") from error
     if not config.cache.max_gb > 0:
         raise ConfigError("pt2.cache.max_gb", config.cache.max_gb, "use gigabytes above 0")
     tolerance = config.verify.tolerance

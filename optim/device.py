@@ -116,7 +116,7 @@ def ensure_cache_folder() -> str | None:
             return None
     except OSError as error:
         scratch = Scratch("inductor")
-        atexit.register(scratch.remove)
+        atexit.register(scratch.remove)  # which keeps it until then
         own = os.environ[key] = str(scratch.path)
         note = f"Inductor's cache folder {folder} cannot be written ({error.strerror}); {own} is used instead"
         logger.warning(note)

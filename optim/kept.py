@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from optim.fingerprint import TOOLS, describe_job, hash_weights
 from optim.locks import Busy
 from optim.plan import BadPlan, Plan, as_kept
 from optim.report import CompileReport
-from optim.share import KEY_VARIABLE, Share, ShareUnusable, UriShare
+from optim.share import KEY_VARIABLE, OPEN_S, Share, ShareUnusable, UriShare, within
 from optim.start import Built, Start
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ def open_uri(job: EngineJob, report: CompileReport) -> list[Share]:
     if uri is None:
         return []
     try:
-        return [UriShare(uri, os.environ.get(KEY_VARIABLE))]
-    except ShareUnusable as reason:
+        return [within(OPEN_S, partial(UriShare, uri, os.environ.get(KEY_VARIABLE)))]
+    except (ShareUnusable, TimeoutError) as reason:
         report.notes.append(f"pt2.cache.uri: {uri} is not used: {reason}")
         logger.warning(report.notes[-1])
         return []
@@ -62,21 +63,15 @@ def _no_cache(report: CompileReport, reason: str) -> None:
     logger.warning(report.notes[-1])
 
 
-def set_aside_older(cache: Cache, key: str, began: float) -> None:
-    """Set a plan aside that was not made since this start began, by another replica of the same deployment."""
-    with cache.hold(key) as path:
-        if path is not None and cache.made_at(key) < began:
-            cache.reject(key, "pt2.cache.anew is set")
-
-
-def start_by_plan(start: Start, todo: PutOff, path: Path | None, report: CompileReport) -> Built | None:
+def start_by_plan(start: Start, todo: PutOff, path: Path, oldest: float) -> Built | None:
     """Start as the plan of an entry says and offer it on; None where it does not hold, which sets it aside."""
-    if path is None:
-        return _start_without_tools(start, todo, report)
     try:
-        built = start.start_warm(Plan.load(path, todo.made_for), path)
+        built = start.start_warm(Plan.load(path, todo.made_for, oldest), path)
     except BadPlan as reason:
-        todo.cache.reject(todo.key, str(reason))
+        if reason.stage == "stuck":
+            todo.cache.notes.append(f"the plan is not used: {reason}")
+        else:
+            todo.cache.reject(todo.key, str(reason))
         todo.exchange.replace(reason)
         start.begin_again()
         return None
@@ -84,12 +79,13 @@ def start_by_plan(start: Start, todo: PutOff, path: Path | None, report: Compile
     return built
 
 
-def _start_without_tools(start: Start, todo: PutOff, report: CompileReport) -> Built | None:
-    """Start by a plan that was made where there is a compiler, on a machine that has none; None where none holds.
+def start_without_compiler(start: Start, todo: PutOff, job: EngineJob, report: CompileReport) -> Built | None:
+    """Start by a plan that was made with a C++ compiler, on a machine that has none; None where none holds.
 
-    As in the container of an image whose compiler stayed behind in the stage that filled the cache.
+    As in the container of an image whose compiler stayed behind in the stage that filled the cache. What was made here
+    comes first.
     """
-    if todo.made_for[TOOLS]["compiler"] is not None or todo.exchange.is_anew:
+    if job.info.capabilities["cxx"].available or todo.cache.folder_of(todo.key).exists():
         return None
     ours = as_kept({**todo.made_for, TOOLS: None})
     for name in todo.cache.names():
@@ -99,7 +95,7 @@ def _start_without_tools(start: Start, todo: PutOff, report: CompileReport) -> B
         try:
             with todo.cache.hold(name, wait=False) as path:
                 if path is not None:
-                    built = start.start_warm(Plan.load(path, made_for), path)
+                    built = start.start_warm(Plan.load(path, made_for, job.config.cache.oldest()), path)
                     report.notes.append("the plan was made with a C++ compiler, which this machine does not have")
                     return built
         except (BadPlan, Busy) as reason:  # it stays for those who have one
@@ -108,7 +104,7 @@ def _start_without_tools(start: Start, todo: PutOff, report: CompileReport) -> B
     return None
 
 
-def keep(cache: Cache, key: str, folder: Path, plan: Plan, report: CompileReport, *, must_compile: bool) -> Path | None:
+def keep_plan(job: EngineJob, cache: Cache, key: str, folder: Path, plan: Plan, report: CompileReport) -> Path | None:
     """Store what was found and made, unless a bucket is eager for a reason that may not be there next time.
 
     Where eager won, that other engines had no time is no such reason: beside a load they would have none next time
@@ -118,7 +114,7 @@ def keep(cache: Cache, key: str, folder: Path, plan: Plan, report: CompileReport
     for row in report.buckets:
         if row.engine != "eager":
             continue
-        known = lasting | {"budget"} if row.eager_won else set() if must_compile else lasting
+        known = lasting | {"budget"} if row.eager_won else set() if job.config.must_compile else lasting
         failed = [r for r in [*report.refusals, *row.refusals] if r.stage not in known]
         if failed:
             report.notes.append(f"no plan is kept: bucket {row.bucket} is eager, and {failed[0]}")

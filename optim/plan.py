@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +18,15 @@ _FIGURES = ("ms", "eager_ms", "speedup", "stream_ms", "stream_gain", "race", "ea
 
 
 class BadPlan(Exception):
-    """The plan cannot be used here; the message is the reason. `is_slow`: slower than eager, which load can do."""
+    """The plan cannot be used here; the message is the reason.
 
-    def __init__(self, reason: str, *, is_slow: bool = False) -> None:
+    `stage` is where it failed, as in a Refusal: at `time` it was slower than eager, which load can do, at `stuck` it
+    had no chance. `old` is one that is to be made anew, whether it holds or not.
+    """
+
+    def __init__(self, reason: str, stage: str = "verify") -> None:
         super().__init__(reason)
-        self.is_slow = is_slow
+        self.stage = stage
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Plan:
     """Those of engines as a whole; a bucket's own are in its row."""
     remarks: Sequence[str]
     """What later starts should know of how it was made."""
+    made_at: float
+    """When, in seconds since the epoch."""
 
     @classmethod
     def of(cls, report: CompileReport, made_for: Mapping[str, Any], remarks: Iterable[str] = ()) -> Plan:
@@ -44,11 +51,11 @@ class Plan:
             b.bucket: {"engine": b.engine, "refusals": b.refusals, **{name: getattr(b, name) for name in _FIGURES}}
             for b in report.buckets
         }
-        return cls(made_for, rows, report.streams, report.refusals, list(remarks))
+        return cls(made_for, rows, report.streams, report.refusals, list(remarks), time.time())
 
     @classmethod
-    def load(cls, folder: Path, made_for: Mapping[str, Any]) -> Plan:
-        """Read a plan; BadPlan where it is none, or one for something else."""
+    def load(cls, folder: Path, made_for: Mapping[str, Any], oldest: float = 0.0) -> Plan:
+        """Read a plan; BadPlan where it is none, one for something else, or older than `oldest` (since the epoch)."""
         try:
             found = json.loads((folder / _FILE).read_bytes())
             rows = {
@@ -61,11 +68,14 @@ class Plan:
             }
             streams, refusals = int(found["streams"]), _refusals(found["refusals"])
             theirs, remarks = found["made_for"], list(map(str, found["remarks"]))
+            made_at = float(found["made_at"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadPlan(f"its plan cannot be read ({type(error).__name__})") from error
         if theirs != as_kept(made_for):
             raise BadPlan("its plan was made for something else")
-        return cls(made_for, rows, streams, refusals, remarks)
+        if made_at < oldest:
+            raise BadPlan("its plan was made before pt2.cache.not_before", "old")
+        return cls(made_for, rows, streams, refusals, remarks, made_at)
 
     @staticmethod
     def subject(folder: Path) -> dict[str, Any] | None:
@@ -92,6 +102,7 @@ class Plan:
             "buckets": buckets,
             "refusals": [asdict(refusal) for refusal in self.refusals],
             "remarks": self.remarks,
+            "made_at": self.made_at,
         }
         (folder / _FILE).write_text(json.dumps(found, indent=1, default=str))
 
@@ -100,7 +111,14 @@ class Plan:
         for row in report.buckets:
             for name in _FIGURES:
                 setattr(row, name, self.rows[row.bucket][name])
-            row.refusals += [refusal for refusal in self.rows[row.bucket]["refusals"] if refusal not in row.refusals]
+        self.explain(report)
+
+    def explain(self, report: CompileReport) -> None:
+        """Take the reasons over: what raced, and why which engine lost."""
+        for row in report.buckets:
+            known = self.rows[row.bucket]
+            row.race, row.eager_won = known["race"], known["eager_won"]
+            row.refusals += [refusal for refusal in known["refusals"] if refusal not in row.refusals]
         report.refusals += [refusal for refusal in self.refusals if refusal not in report.refusals]
         report.notes += [remark for remark in self.remarks if remark not in report.notes]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import platform
 import shutil
 import tempfile
 import weakref
@@ -29,8 +30,8 @@ _UNLOCKED = "new-"
 class Scratch:
     """A folder that only this user can use (mode 0700), under the folder for temporary files.
 
-    It is removed at the end of a `with` block, by `remove`, or when this object goes. The system drops the lock of an
-    owner that was killed; whoever makes a folder next removes what has none.
+    It is removed at the end of a `with` block, by `remove`, when this object goes, or as the process ends by itself.
+    The system drops the lock of an owner that was killed; whoever makes a folder next removes what has none.
     """
 
     def __init__(self, what_for: str) -> None:
@@ -49,7 +50,8 @@ class Scratch:
 
 
 def _make(what_for: str) -> tuple[Path, int | None]:
-    home = Path(tempfile.gettempdir()) / f"pt2-scratch-{os.getuid()}"
+    # Of this kernel alone: on a network file system the locks of other nodes are not seen.
+    home = Path(tempfile.gettempdir()) / f"pt2-scratch-{os.getuid()}-{_kernel()}"
     try:
         home.mkdir(mode=0o700, exist_ok=True)
         require_private(home)
@@ -59,13 +61,21 @@ def _make(what_for: str) -> tuple[Path, int | None]:
         made = Path(tempfile.mkdtemp(prefix=f"{_UNLOCKED}{what_for}-", dir=home))
         try:
             lock = _lock(made)
-        except OSError:
+        except (OSError, Busy):
             made.rmdir()
             raise
         return made.rename(home / made.name.removeprefix(_UNLOCKED)), lock
-    except (OSError, CacheUnusable) as error:  # somebody else's folder, or a file system without locks
+    except (OSError, Busy, CacheUnusable) as error:  # somebody else's folder, or a file system without locks
         logger.warning("a temporary folder stays if this process is killed: %s", error)
         return Path(tempfile.mkdtemp(prefix=f"pt2-{what_for}-")), None
+
+
+def _kernel() -> str:
+    """Return what tells this boot of this machine from all others; containers on it share it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
+    except OSError:  # no Linux
+        return platform.node()
 
 
 def _ownerless(home: Path) -> Iterator[Path]:

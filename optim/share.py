@@ -10,7 +10,8 @@ import os
 import tarfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,9 +25,12 @@ logger = logging.getLogger(__name__)
 #: The environment variable with the key that signs what goes to `pt2.cache.uri`.
 KEY_VARIABLE = "PT2_CACHE_KEY"
 _SHORTEST_KEY = 16
-#: How long a replica that is not ready waits for a share, seconds: to start without the plan takes about as long as the
-#: first; the second is only to see whether something is wrong at once.
-_GET_S, _OFFER_S = 120.0, 10.0
+#: How long a replica that is not ready waits for a storage, which may hang, seconds: to connect, for a large entry to
+#: come, and only to see whether something is wrong at once with what it leaves there.
+OPEN_S, _GET_S, _OFFER_S = 60.0, 600.0, 10.0
+
+#: What is being left in shares at the moment.
+_on_their_way: list[Future[None]] = []
 
 T = TypeVar("T")
 
@@ -51,26 +55,29 @@ class ShareUnusable(Exception):
 class Exchange:
     """One entry of the cache, taken from the shares and given to them; what goes wrong is a note in the report."""
 
-    def __init__(
-        self, cache: Cache, entry: str, shares: Sequence[Share], report: CompileReport, *, anew: bool = False
-    ) -> None:
+    def __init__(self, cache: Cache, entry: str, shares: Sequence[Share], report: CompileReport) -> None:
         self._cache, self._entry, self._shares, self._report = cache, entry, shares, report
+        self._may_ask = True
         self._has_adopted = False
         #: Whether what is offered takes the place of what is there.
-        self.is_anew = anew
+        self._is_anew = False
 
     def adopt(self) -> Path | None:
-        """Return the entry of the first share that has it, now in the cache too; call while it is held."""
-        for share in () if self.is_anew else self._shares:
+        """Return the entry of the first share that has it, now in the cache too; call while it is held.
+
+        They are asked once.
+        """
+        may_ask, self._may_ask = self._may_ask, False
+        for share in self._shares if may_ask else ():
             try:
-                packed = _within(_GET_S, lambda share=share: share.get(self._entry), daemon=True)  # type: ignore[misc]
+                packed = within(_GET_S, partial(share.get, self._entry))
                 if packed is not None:
                     path = self._cache.adopt(self._entry, lambda folder, found=packed: unpack(found, folder))  # type: ignore[misc]
                     self._report.notes.append(f"the plan came from {share.name}")
                     self._has_adopted = True
                     return path
             except (Damaged, tarfile.TarError, FileNotFoundError) as error:  # the last: there is no manifest
-                self.is_anew = True
+                self._is_anew = True
                 self._tell(share, "nothing is taken from", error)
             except Exception as error:  # storages and networks of all kinds; a cold start is always there
                 self._tell(share, "nothing is taken from", error)
@@ -79,45 +86,57 @@ class Exchange:
     def replace(self, reason: BadPlan) -> None:
         """Let what is offered next take the place of what came from a share, which every machine would find else.
 
-        Not where that was only slow here: this machine may be under load, and the plan good for all others.
+        Not where that was only slow here: this machine may be under load, and the plan good for all others. Instead of
+        one that is only old the shares may have a newer one.
         """
-        self.is_anew |= self._has_adopted and not reason.is_slow
+        self._may_ask &= reason.stage == "old"
+        self._is_anew |= reason.stage == "old" or (self._has_adopted and reason.stage != "time")
 
     def offer(self, path: Path | None) -> None:
-        """Offer the entry to all shares, if there is one."""
+        """Offer the entry to all shares, if there is one; what takes long goes on beside this thread."""
         for share in self._shares if path is not None else ():
             assert path is not None
-            try:
-                _within(_OFFER_S, lambda share=share: share.offer(self._entry, path, anew=self.is_anew), daemon=False)  # type: ignore[misc]
-            except Exception as error:
-                self._tell(share, "nothing is left in", error)
+            left = _beside(partial(share.offer, self._entry, path, anew=self._is_anew))
+            _on_their_way.append(left)
+            wait([left], _OFFER_S)
+            left.add_done_callback(partial(self._see_whether_left, share))
 
-    def _tell(self, share: Share, what: str, error: Exception) -> None:
+    def _see_whether_left(self, share: Share, left: Future[None]) -> None:
+        _on_their_way.remove(left)
+        error = left.exception()
+        if error is not None:
+            self._tell(share, "nothing is left in", error)
+
+    def _tell(self, share: Share, what: str, error: BaseException) -> None:
         self._report.notes.append("{} {}: {}: {}".format(what, share.name, *describe(error, 300)))
         logger.warning(self._report.notes[-1])
 
 
-def _within(seconds: float, call: Callable[[], T], *, daemon: bool) -> T:
-    """Return what a call returns; TimeoutError where it takes longer.
+def finish_offers(seconds: float) -> bool:
+    """Wait for what is on its way to the shares, as before a process ends; return whether all of it is through."""
+    return not wait(list(_on_their_way), seconds).not_done
 
-    Else a storage that hangs would keep the replica from ever being ready. The call goes on meanwhile; without
-    `daemon` a process that ends by itself waits for it, so that what is on its way arrives.
-    """
-    done: Future[T] = Future()
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Return what a call returns; TimeoutError where it takes longer. It then goes on, and nobody hears of it."""
+    found = _beside(call)
+    if not wait([found], seconds).done:
+        raise TimeoutError(f"there is no answer after {seconds:.0f} s")
+    return found.result()
+
+
+def _beside(call: Callable[[], T]) -> Future[T]:
+    """Have a thread make a call, which may never return; no process waits for it to end."""
+    found: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.set_result(call())
-        except BaseException as error:  # for the thread that waits, whatever it is
-            done.set_exception(error)
+            found.set_result(call())
+        except BaseException as error:  # for who asks for the result, whatever it is
+            found.set_exception(error)
 
-    threading.Thread(target=run, name="optim: share", daemon=daemon).start()
-    try:
-        return done.result(seconds)
-    except TimeoutError:
-        if done.done():  # it was the storage's own
-            raise
-        raise TimeoutError(f"it takes longer than {seconds:.0f} s and goes on meanwhile") from None
+    threading.Thread(target=run, name="optim: share", daemon=True).start()
+    return found
 
 
 def pack(folder: Path) -> bytes:

@@ -32,7 +32,7 @@ RACE_BUDGET_S = 60.0
 ENGINE_LIMIT_S = 900.0
 
 #: A race that took this much longer, because it waited for cores, is told of: it may have other winners.
-LOADED = 1.2
+_LOADED = 1.2
 
 Built = tuple[dict[Bucket, Lane], Streams | None]
 
@@ -58,7 +58,8 @@ class Start:
         self.remarks: list[str] = []
 
     def begin_again(self) -> None:
-        """Forget what a start that was given up wrote into the report's rows."""
+        """Forget what a start that was given up wrote into the report."""
+        self._report.refusals.clear()
         self._report.buckets = [BucketReport(row.batch_size, row.length) for row in self._report.buckets]
         self._report.start, self._report.cache, self._report.streams = "cold", None, 1
 
@@ -78,12 +79,11 @@ class Start:
             with clock(report, "race"):
                 standing, trials = _race(job, self._reference, names, job.config.tune.budget_s or RACE_BUDGET_S, report)
             _take_down(standing, report)
-            if standing.stretch >= LOADED:
-                self._report.notes.append(
+            if standing.stretch >= _LOADED:
+                self._remark(
                     f"the race was held beside a load (things took {standing.stretch:.1f} times as long): figures and "
                     "winners may be others on a quiet machine"
                 )
-                self.remarks.append(self._report.notes[-1])
             ranking = self._rank(standing)
             # What took the race's whole budget there is not to be waited for any longer here.
             limit_s = ENGINE_LIMIT_S
@@ -109,11 +109,16 @@ class Start:
             if row.engine != plan.rows[row.bucket]["engine"]:
                 why = [*report.refusals, *row.refusals]
                 reason = f"its plan does not hold any more: {why[-1] if why else row.engine}"
-                raise BadPlan(reason, is_slow=bool(why) and why[-1].stage == "time")
+                raise BadPlan(reason, why[-1].stage if why else "verify")
         plan.fill(report)
         if plan.streams == 1:  # why, it says
             return lanes, None
         return lanes, self._build_streams(job, lanes, plan)
+
+    def _remark(self, text: str) -> None:
+        """Note what later starts should know, too."""
+        self._report.notes.append(text)
+        self.remarks.append(text)
 
     def _rank(self, standing: Standing) -> dict[Bucket, list[str]]:
         """Return the engines to build for each bucket, the best first; none where eager won or nothing was timed.
@@ -149,10 +154,11 @@ class Start:
             if plan is not None and not isinstance(reason, NoRoom):
                 raise BadPlan(f"its plan does not hold any more: one run at a time: {reason}") from reason
             # While versions are rolled out the old one has the memory: no reason to have engines compete again.
-            self._report.notes.append(f"one run at a time: {reason}")
+            why = f"one run at a time: {reason}"
             if plan is None:
-                self.remarks.append(self._report.notes[-1])
+                self._remark(why)
             else:
+                self._report.notes.append(why)
                 logger.warning("one run at a time, though the plan has %d: %s", plan.streams, reason)
                 for row in self._report.buckets:
                     row.stream_ms = row.stream_gain = None

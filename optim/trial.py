@@ -64,7 +64,7 @@ class Trial:
         try:
             if engine.needs_dynamo and stuck_calls():  # which is over with this process: no reason that lasts
                 message = f"an earlier compilation hangs and holds Dynamo's lock ({stuck_calls()[0]})"
-                return Refusal(engine.name, "budget", None, None, message)
+                return Refusal(engine.name, "stuck", None, None, message)
             if engine.job.state and not engine.keeps_state:
                 raise Unavailable(f"it would take the module's state for constants ({', '.join(engine.job.state[:3])})")
             engine.preflight()

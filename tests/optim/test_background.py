@@ -109,6 +109,22 @@ def test_what_the_background_made_is_for_every_later_start() -> None:
     assert build(when="start").report.start == "warm"
 
 
+def test_it_says_why_which_engine_lost_though_another_start_made_the_plan() -> None:
+    def start(when: str) -> CompiledModel:
+        section = {"compile": {"when": when}, "tune": {"engines": ["pt2test_slow", "pt2test_wrong"]}}
+        return compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 4), device="cpu")
+
+    late, first = start("background"), start("start")
+    assert first.report.start == "cold"
+    assert {refusal.engine for refusal in first.report.all_refusals()} >= {"pt2test_wrong"}
+    assert late.report.all_refusals() == []
+    call_until_done(late)
+    assert late.report.background == "done", late.report.notes
+    assert late.report.refusals == first.report.refusals
+    for ours, theirs in zip(late.report.buckets, first.report.buckets, strict=True):
+        assert (ours.refusals, ours.race, ours.eager_won) == (theirs.refusals, theirs.race, theirs.eager_won)
+
+
 @pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
 def test_streams_come_last() -> None:
     before = torch.get_num_threads()

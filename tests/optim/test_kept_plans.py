@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from optim import CompileError, compile_model
 from optim.buckets import PROBES
 from optim.cache import Cache, default_folder
 from optim.device import Capability, inspect_device
-from optim.kept import set_aside_older
+from optim.errors import ConfigError
 from optim.report import CompileReport
 from tests.support import backends, models
 
@@ -125,24 +126,46 @@ def faithful(**more: Any) -> dict[str, Any]:
     return {"compile": {"backend": "pt2test_faithful", "only_if_faster": False}, **more}
 
 
-def test_a_plan_can_be_made_anew() -> None:
-    assert start(faithful()).start == "cold"
-    anew = start(faithful(cache={"anew": True}))
-    assert anew.start == "cold"
-    assert any("was set aside: pt2.cache.anew is set" in note for note in anew.notes)
-    assert len(entries()) == 1
-    assert start(faithful()).start == "warm"
+@pytest.mark.parametrize("when", ["start", "background"])
+def test_a_plan_can_be_made_anew(when: str) -> None:
+    def section(**cache: Any) -> dict[str, Any]:
+        return {"compile": {"backend": "pt2test_faithful", "only_if_faster": False, "when": when}, "cache": cache}
 
-
-def test_of_several_that_make_it_anew_one_does() -> None:
-    began = time.time()
     start(faithful())
-    (entry,) = entries()
-    cache = Cache(default_folder(), 10**9)
-    set_aside_older(cache, entry.name, began)
-    assert entries() == [entry], "another replica has made it meanwhile"
-    set_aside_older(cache, entry.name, time.time())
-    assert entries() == []
+    now = datetime.now(UTC).isoformat()
+    anew = start(section(not_before=now))
+    assert anew.start == ("cold" if when == "start" else "eager")
+    assert any("its plan was made before pt2.cache.not_before" in note for note in anew.notes)
+    if when == "start":
+        assert start(section(not_before=now)).start == "warm", "once is enough"
+        assert len(entries()) == 1
+
+
+def test_an_old_plan_that_cannot_be_set_aside_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(cache: Cache, name: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    start(faithful())
+    monkeypatch.setattr(Cache, "_set_aside", refuse)
+    report = start(faithful(cache={"not_before": datetime.now(UTC).isoformat()}))
+    assert (report.start, report.cache) == ("cold", None)
+    assert any("cannot be set aside (Read-only file system)" in note for note in report.notes)
+
+
+def test_a_time_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"pt2\.cache\.not_before: 'soon'.* use an ISO 8601 time"):
+        start(faithful(cache={"not_before": "soon"}))
+
+
+@pytest.mark.any_torch
+def test_a_plan_survives_what_hangs_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start(faithful()).start == "cold"
+    with monkeypatch.context() as patch:
+        patch.setattr("optim.trial.stuck_calls", lambda: ("another model",))
+        report = start(faithful())
+    assert (report.start, report.engines()) == ("cold", {"1": "eager"})
+    assert any("hangs and holds Dynamo's lock (another model)" in note for note in report.notes), report.notes
+    assert start(faithful()).start == "warm"
 
 
 @pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
@@ -152,9 +175,10 @@ def test_what_was_made_with_a_compiler_is_found_without_one(when: str, monkeypat
     start({"compile": {**section["compile"], "when": "start"}}, 1, 4)
     monkeypatch.setattr("optim.device._find_compiler", lambda: NO_COMPILER)
     monkeypatch.setattr("optim.device._find_headers", lambda: Capability(False, "Python.h is not there"))
-    report = start(section, 1, 4)
-    assert (report.start, report.engines()) == ("warm", {"1": "onnxruntime", "4": "onnxruntime"})
-    assert "the plan was made with a C++ compiler, which this machine does not have" in report.notes
+    for _ in range(2):
+        report = start(section, 1, 4)
+        assert (report.start, report.engines()) == ("warm", {"1": "onnxruntime", "4": "onnxruntime"})
+        assert "the plan was made with a C++ compiler, which this machine does not have" in report.notes
     assert len(entries()) == 1
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import logging
+import os
 import stat
 import subprocess
 import sys
@@ -77,6 +79,24 @@ def test_a_place_that_others_can_write_to_is_not_used(place: Path, caplog: pytes
         assert folder.parent == place
     assert "can be written by others" in caplog.text
     assert not folder.exists()
+
+
+def test_what_locks_it_first_stops_nobody(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As systemd-tmpfiles does while it looks for what is old."""
+    real = tempfile.mkdtemp
+    locks = []
+
+    def make_and_lock(*args: str, **more: str) -> str:
+        path = real(*args, **more)
+        locks.append(os.open(path, os.O_RDONLY))
+        fcntl.flock(locks[-1], fcntl.LOCK_EX)
+        return path
+
+    monkeypatch.setattr("tempfile.mkdtemp", make_and_lock)
+    with Scratch("test") as folder:
+        assert folder.parent == place
+    for lock in locks:
+        os.close(lock)
 
 
 def test_without_locks_nothing_is_taken_for_ownerless(

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from optim import CompiledModel, cache, compile_model
-from optim.share import KEY_VARIABLE, Share, ShareUnusable, UriShare, pack, unpack
+from optim.share import KEY_VARIABLE, Share, ShareUnusable, UriShare, finish_offers, pack, unpack
 from optim.verify import compare
 from tests.support import backends, models
 
@@ -21,10 +22,10 @@ assert backends.BACKENDS
 KEY = "a key of the operator's"
 
 
-def build(cache: Path, uri: str | None = None, shares: tuple[Share, ...] = (), *, anew: bool = False) -> CompiledModel:
+def build(cache: Path, uri: str | None = None, shares: tuple[Share, ...] = (), **more: Any) -> CompiledModel:
     section = {
         "compile": {"backend": "pt2test_faithful", "only_if_faster": False},
-        "cache": {"folder": str(cache), "anew": anew, **({"uri": uri} if uri else {})},
+        "cache": {"folder": str(cache), **({"uri": uri} if uri else {}), **more},
     }
     model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 4), device="cpu", shares=shares)
     inputs = models.features(3)
@@ -220,8 +221,9 @@ def test_what_was_only_slow_here_stays_for_the_others(tmp_path: Path, monkeypatc
 class Hanging(Memory):
     """A share that never answers, until it is let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, refuses: bool) -> None:
         super().__init__()
+        self.refuses = refuses
         self.let_go = threading.Event()
 
     def get(self, entry: str) -> bytes | None:
@@ -230,40 +232,50 @@ class Hanging(Memory):
 
     def offer(self, entry: str, folder: Path, *, anew: bool = False) -> None:
         self.let_go.wait()
+        if self.refuses:
+            raise OSError("it is full")
         super().offer(entry, folder, anew=anew)
-        self.arrived = True
 
 
-def test_a_storage_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_storage_that_hangs_is_not_waited_for(tmp_path: Path, refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optim.share._GET_S", 0.1)
     monkeypatch.setattr("optim.share._OFFER_S", 0.1)
-    share = Hanging()
+    share = Hanging(refuses=refuses)
     report = build(tmp_path / "one", shares=(share,)).report
     assert report.start == "cold"
-    told = [note for note in report.notes if "a test" in note]
-    assert [note.split(":")[0] for note in told] == ["nothing is taken from a test", "nothing is left in a test"]
-    assert all(note.endswith("TimeoutError: it takes longer than 0 s and goes on meanwhile") for note in told)
+    told = "nothing is taken from a test: TimeoutError: there is no answer after 0 s"
+    assert [note for note in report.notes if "a test" in note] == [told]
+    assert not finish_offers(0.1)
     share.let_go.set()
-    for thread in threading.enumerate():
-        if thread.name == "optim: share":
-            thread.join()
-    assert len(share.entries) == 1, "what was on its way has arrived"
+    assert finish_offers(60), "what was on its way has arrived"
+    assert len(share.entries) == (0 if refuses else 1)
+    assert ("nothing is left in a test: OSError: it is full" in report.notes) == refuses
 
 
-def test_made_anew_it_takes_the_place_of_what_is_there_and_of_what_is_shared(tmp_path: Path) -> None:
+def test_an_old_plan_is_made_anew_and_takes_its_place_everywhere(tmp_path: Path) -> None:
     share = Memory()
     build(tmp_path / "one", shares=(share,))
-    ((entry, shared),) = share.entries.items()
-    (ours,) = (tmp_path / "one" / "v1" / "entries").iterdir()
-    made_at = (ours / "MANIFEST.json").stat().st_mtime_ns
-    report = build(tmp_path / "one", shares=(share,), anew=True).report
+    build(tmp_path / "two", shares=(share,))
+    shared = dict(share.entries)
+    now = datetime.now(UTC).isoformat()
+    report = build(tmp_path / "one", shares=(share,), not_before=now).report
     assert report.start == "cold"
-    assert any("pt2.cache.anew is set" in note for note in report.notes)
-    assert (ours / "MANIFEST.json").stat().st_mtime_ns > made_at
-    share.entries[entry] = b""
-    assert build(tmp_path / "two", shares=(share,), anew=True).report.start == "cold"
-    assert len(share.entries[entry]) == pytest.approx(len(shared), rel=0.1)
-    assert build(tmp_path / "three", shares=(share,)).report.start == "warm"
+    assert any("its plan was made before pt2.cache.not_before" in note for note in report.notes)
+    assert share.entries != shared
+    again = build(tmp_path / "one", shares=(share,), not_before=now).report
+    other = build(tmp_path / "two", shares=(share,), not_before=now).report
+    third = build(tmp_path / "three", shares=(share,), not_before=now).report
+    assert [again.start, other.start, third.start] == ["warm"] * 3, "once is enough, for all machines"
+    assert "the plan came from a test" in other.notes
+
+
+def test_an_old_plan_of_a_share_is_replaced(tmp_path: Path) -> None:
+    share = Memory()
+    build(tmp_path / "one", shares=(share,))
+    now = datetime.now(UTC).isoformat()
+    assert build(tmp_path / "two", shares=(share,), not_before=now).report.start == "cold"
+    assert build(tmp_path / "three", shares=(share,), not_before=now).report.start == "warm"
 
 
 def test_a_storage_that_is_asked_at_once_and_is_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
