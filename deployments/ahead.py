@@ -24,9 +24,6 @@ from deployments.compile import compile_all, resources
 from optim.report import CompileReport
 from optim.share import finish_offers
 
-#: How long is waited at the end for what is on its way to `pt2.cache.uri`, seconds.
-_UPLOAD_S = 900.0
-
 
 def _models(config: Mapping[str, Any]) -> Iterator[tuple[ModelArgs, str, int]]:
     """Yield what the replicas of a checked configuration file compile, with device and threads."""
@@ -64,21 +61,23 @@ def main(arguments: list[str]) -> int:
         return status
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("optim").setLevel(logging.INFO)
-    for args, device, threads in (m for name in files for m in _models(yaml.safe_load(Path(name).read_text()))):
-        print(f"{args.name}: {device}, {threads} threads", flush=True)
-        # What compiles in the background there finds the same.
-        pt2 = args.pt2.at_start()
-        if asked.anew:
-            pt2 = replace(pt2, cache=replace(pt2.cache, not_before=now))
-        models = compile_all(args.make_model(), replace(args, pt2=pt2), device, threads)
-        for name, model in models.items():
-            if not _tell(f"{args.name}{name and f', {name}'}", model.report):
-                status = 1
-        del models, model
-        gc.collect()
-    if not finish_offers(_UPLOAD_S):
-        print(f"not all that was made has reached the storage within {_UPLOAD_S:.0f} s", file=sys.stderr)
-        status = 1
+    try:
+        for args, device, threads in (m for name in files for m in _models(yaml.safe_load(Path(name).read_text()))):
+            print(f"{args.name}: {device}, {threads} threads", flush=True)
+            # What compiles in the background there finds the same.
+            pt2 = args.pt2.at_start()
+            if asked.anew:
+                pt2 = replace(pt2, cache=replace(pt2.cache, not_before=now))
+            models = compile_all(args.make_model(), replace(args, pt2=pt2), device, threads)
+            for name, model in models.items():
+                if not _tell(f"{args.name}{name and f', {name}'}", model.report):
+                    status = 1
+            del models, model
+            gc.collect()
+    finally:  # what was made by now is made
+        if not finish_offers():
+            print("not all that was made has arrived at pt2.cache.uri", file=sys.stderr)
+            status = 1
     return status
 
 

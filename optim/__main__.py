@@ -19,6 +19,7 @@ import torch
 from optim import CompileError, CompileReport, ConfigError, ModelError, compile_model
 from optim.config import Pt2Config
 from optim.report import group_refusals
+from optim.share import finish_offers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ModelError, CompileError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    finish_offers()  # what does not arrive is told in the report
     print(format_report(model.report))
     if options.json is not None:
         options.json.write_text(json.dumps(model.report.to_dict(), indent=2) + "\n")

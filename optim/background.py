@@ -59,6 +59,14 @@ class PutOff:
     carried: Carried | None = None
     """A job of its own, and the folder in which the other process finds it."""
 
+    def give_up(self, reason: BadPlan) -> None:
+        """Set the entry aside, whose plan does not hold, unless it had no chance to; also in the shares, later."""
+        if reason.stage == "stuck":
+            self.cache.tell(f"the plan is not used: {reason}")
+        else:
+            self.cache.reject(self.key, str(reason))
+        self.exchange.replace(reason)
+
 
 def put_off(todo: PutOff, job: EngineJob, reference: Reference, names: list[str]) -> PutOff:
     """Return it with all that is needed to do it later; NotCarried where the module cannot be copied or carried."""
@@ -189,11 +197,11 @@ class Background:
             scratch.buckets = [BucketReport(row.batch_size, row.length) for row in model.report.buckets]
             model.others_compile = True
             try:
-                plan = Plan.load(path, todo.made_for)
+                plan = Plan.load(path, todo.made_for, self._job.config.cache.oldest())
                 plan.explain(model.report)  # another process may have made it
                 self._build(plan, path, scratch)
             except BadPlan as reason:
-                todo.cache.reject(todo.key, str(reason))
+                todo.give_up(reason)
                 return str(reason)
             finally:
                 self._between_runs(self._end_compiling)

@@ -114,9 +114,10 @@ class Cache:
         try:
             yield
         except OSError as error:
-            self._tell(f"{what}: {error}")
+            self.tell(f"{what}: {error}")
 
-    def _tell(self, note: str) -> None:
+    def tell(self, note: str) -> None:
+        """Note something for the report, once, and log it."""
         if note not in self.notes:
             self.notes.append(note)
             logger.warning(note)
@@ -143,7 +144,7 @@ class Cache:
         try:
             self.evict(keep=name)
         except OSError as error:  # what was stored is there all the same
-            self._tell(f"the compile cache may outgrow its limit: {error}")
+            self.tell(f"the compile cache may outgrow its limit: {error}")
         return target
 
     def reject(self, name: str, reason: str) -> None:
@@ -153,7 +154,7 @@ class Cache:
             done = f"was set aside, under {self.folder / 'rejected'}"
         except OSError as error:  # then the next start finds it once more
             done = f"is not used, and cannot be set aside ({error.strerror})"
-        self._tell(f"cache entry {name} {done}: {reason}")
+        self.tell(f"cache entry {name} {done}: {reason}")
 
     def is_writable(self) -> bool:
         """Say whether entries can be stored."""

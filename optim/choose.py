@@ -86,7 +86,8 @@ def choose(
         if outcome is not None:
             report.notes += cache.notes
             return outcome
-    for _ in range(3):  # once more after a plan of ours was set aside, or a share's; then who is first makes a new one
+    built = None
+    while built is None:  # each time round a plan that did not hold is gone; then who is first makes a new one
         with ExitStack() as stack:
             with clock(report, "cache"):
                 path = stack.enter_context(cache.hold(key))
@@ -97,13 +98,10 @@ def choose(
                 built, path = _race(start, choice.names, cache, key, made_for, job, report)
                 exchange.offer(path)
                 break
-            kept = start_by_plan(start, todo, path, job.config.cache.oldest())
-            if kept is not None:
-                built = kept
-                break
-    else:
-        with _turn(cache, job, report), Scratch("build") as folder:
-            built = start.start_cold(choice.names, folder)
+            built = start_by_plan(start, todo, path, job.config.cache.oldest())
+            if built is None and path.exists():  # it could not be set aside, or shall not be: nothing takes its place
+                with _turn(cache, job, report), Scratch("build") as folder:
+                    built = start.start_cold(choice.names, folder)
     report.notes += cache.notes
     return Outcome(*built)
 
@@ -112,14 +110,18 @@ def _start_at_once(
     start: Start, todo: PutOff, job: EngineJob, reference: Reference, report: CompileReport
 ) -> Outcome | None:
     """Start warm where the plan is at hand, else eager, the rest put off; None, with a note, where it cannot be."""
+    oldest = job.config.cache.oldest()
     try:
-        with todo.cache.hold(todo.key, wait=False) as path:
-            if path is None:
-                with clock(report, "share"):
-                    path = todo.exchange.adopt()
-            built = None if path is None else start_by_plan(start, todo, path, job.config.cache.oldest())
-            if built is not None:
-                return Outcome(*built)
+        for _ in range(2):  # instead of one of ours that is too old a share may have a newer one
+            with todo.cache.hold(todo.key, wait=False) as path:
+                if path is None:
+                    with clock(report, "share"):
+                        path = todo.exchange.adopt(quickly=True)
+                if path is None:
+                    break
+                built = start_by_plan(start, todo, path, oldest)
+                if built is not None:
+                    return Outcome(*built)
     except Busy:  # then it is waited for in the background
         logger.info("another process compiles the same")
     if not todo.cache.is_writable():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -124,11 +125,15 @@ class CacheConfig:
     """What it may hold, 10^9 bytes; the entries not used for longest are removed. Default 10."""
 
     def oldest(self) -> float:
-        """Return `not_before` in seconds since the epoch, 0 without it; ValueError where it is no time."""
+        """Return `not_before` in seconds since the epoch; ValueError where it is no time.
+
+        It is 0 without it, and until it has come: each plan that is made till then would be too old at once.
+        """
         if self.not_before is None:
             return 0.0
         found = datetime.fromisoformat(self.not_before)
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+        oldest = (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+        return oldest if oldest <= time.time() else 0.0
 
 
 Kernel = Literal["math", "flash", "efficient", "cudnn"]

@@ -41,7 +41,7 @@ def open_uri(job: EngineJob, report: CompileReport) -> list[Share]:
         return []
     try:
         return [within(OPEN_S, partial(UriShare, uri, os.environ.get(KEY_VARIABLE)))]
-    except (ShareUnusable, TimeoutError) as reason:
+    except (ShareUnusable, TimeoutError, RuntimeError) as reason:  # the last: there can be no more threads
         report.notes.append(f"pt2.cache.uri: {uri} is not used: {reason}")
         logger.warning(report.notes[-1])
         return []
@@ -68,11 +68,7 @@ def start_by_plan(start: Start, todo: PutOff, path: Path, oldest: float) -> Buil
     try:
         built = start.start_warm(Plan.load(path, todo.made_for, oldest), path)
     except BadPlan as reason:
-        if reason.stage == "stuck":
-            todo.cache.notes.append(f"the plan is not used: {reason}")
-        else:
-            todo.cache.reject(todo.key, str(reason))
-        todo.exchange.replace(reason)
+        todo.give_up(reason)
         start.begin_again()
         return None
     todo.exchange.offer(path)

@@ -116,9 +116,10 @@ class Plan:
     def explain(self, report: CompileReport) -> None:
         """Take the reasons over: what raced, and why which engine lost."""
         for row in report.buckets:
-            known = self.rows[row.bucket]
-            row.race, row.eager_won = known["race"], known["eager_won"]
-            row.refusals += [refusal for refusal in known["refusals"] if refusal not in row.refusals]
+            known = self.rows.get(row.bucket)
+            if known is not None:
+                row.race, row.eager_won = known["race"], known["eager_won"]
+                row.refusals += [refusal for refusal in known["refusals"] if refusal not in row.refusals]
         report.refusals += [refusal for refusal in self.refusals if refusal not in report.refusals]
         report.notes += [remark for remark in self.remarks if remark not in report.notes]
 

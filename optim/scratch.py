@@ -71,7 +71,7 @@ def _make(what_for: str) -> tuple[Path, int | None]:
 
 
 def _kernel() -> str:
-    """Return what tells this boot of this machine from all others; containers on it share it."""
+    """Return what tells this boot of this machine from all others, and which its containers share."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
     except OSError:  # no Linux

@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 #: The environment variable with the key that signs what goes to `pt2.cache.uri`.
 KEY_VARIABLE = "PT2_CACHE_KEY"
 _SHORTEST_KEY = 16
-#: How long a replica that is not ready waits for a storage, which may hang, seconds: to connect, for a large entry to
-#: come, and only to see whether something is wrong at once with what it leaves there.
-OPEN_S, _GET_S, _OFFER_S = 60.0, 600.0, 10.0
+#: How long a replica that is not ready waits for a storage, which may hang, seconds: to connect; for a large entry to
+#: come; the same where eager could answer meanwhile; and to see whether something is wrong with what it leaves there.
+OPEN_S, _GET_S, _QUICK_S, _OFFER_S = 60.0, 600.0, 30.0, 10.0
 
-#: What is being left in shares at the moment.
-_on_their_way: list[Future[None]] = []
+#: What was offered to shares since `finish_offers` was called last, and whether it has arrived.
+_offers: list[Future[bool]] = []
 
 T = TypeVar("T")
 
@@ -62,22 +62,23 @@ class Exchange:
         #: Whether what is offered takes the place of what is there.
         self._is_anew = False
 
-    def adopt(self) -> Path | None:
+    def adopt(self, *, quickly: bool = False) -> Path | None:
         """Return the entry of the first share that has it, now in the cache too; call while it is held.
 
-        They are asked once.
+        They are asked once, and each has time for a large entry; not so `quickly`, where eager could answer meanwhile.
         """
         may_ask, self._may_ask = self._may_ask, False
+        found_damaged = False
         for share in self._shares if may_ask else ():
             try:
-                packed = within(_GET_S, partial(share.get, self._entry))
+                packed = within(_QUICK_S if quickly else _GET_S, partial(share.get, self._entry))
                 if packed is not None:
                     path = self._cache.adopt(self._entry, lambda folder, found=packed: unpack(found, folder))  # type: ignore[misc]
                     self._report.notes.append(f"the plan came from {share.name}")
-                    self._has_adopted = True
+                    self._has_adopted, self._is_anew = True, found_damaged
                     return path
             except (Damaged, tarfile.TarError, FileNotFoundError) as error:  # the last: there is no manifest
-                self._is_anew = True
+                found_damaged = self._is_anew = True
                 self._tell(share, "nothing is taken from", error)
             except Exception as error:  # storages and networks of all kinds; a cold start is always there
                 self._tell(share, "nothing is taken from", error)
@@ -96,25 +97,38 @@ class Exchange:
         """Offer the entry to all shares, if there is one; what takes long goes on beside this thread."""
         for share in self._shares if path is not None else ():
             assert path is not None
-            left = _beside(partial(share.offer, self._entry, path, anew=self._is_anew))
-            _on_their_way.append(left)
+            try:
+                left = _beside(partial(self._leave, share, path, anew=self._is_anew))
+            except RuntimeError as error:  # there can be no more threads
+                self._tell(share, "nothing is left in", error)
+                continue
+            _offers.append(left)
             wait([left], _OFFER_S)
-            left.add_done_callback(partial(self._see_whether_left, share))
 
-    def _see_whether_left(self, share: Share, left: Future[None]) -> None:
-        _on_their_way.remove(left)
-        error = left.exception()
-        if error is not None:
+    def _leave(self, share: Share, path: Path, *, anew: bool) -> bool:
+        """Offer the entry to a share; return whether that went well."""
+        try:
+            share.offer(self._entry, path, anew=anew)
+        except Exception as error:
             self._tell(share, "nothing is left in", error)
+            return False
+        return True
 
-    def _tell(self, share: Share, what: str, error: BaseException) -> None:
-        self._report.notes.append("{} {}: {}: {}".format(what, share.name, *describe(error, 300)))
-        logger.warning(self._report.notes[-1])
+    def _tell(self, share: Share, what: str, error: Exception) -> None:
+        note = "{} {}: {}: {}".format(what, share.name, *describe(error, 300))
+        self._report.notes.append(note)
+        logger.warning(note)
 
 
-def finish_offers(seconds: float) -> bool:
-    """Wait for what is on its way to the shares, as before a process ends; return whether all of it is through."""
-    return not wait(list(_on_their_way), seconds).not_done
+def finish_offers(seconds: float = 900.0) -> bool:
+    """Wait for what is on its way to the shares, as a process has to before it ends.
+
+    Returns whether all that was offered since the last time has arrived; what has not is told where it was offered.
+    """
+    offers = _offers.copy()
+    wait(offers, seconds)
+    del _offers[: len(offers)]
+    return all(left.done() and left.result() for left in offers)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
