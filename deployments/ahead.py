@@ -51,7 +51,7 @@ def _tell(name: str, report: CompileReport) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Compile every model of the files named; return 0 where replicas will find all of them in the cache."""
+    """Compile every model of the files named; return 0 where replicas will find all of them, here and at the URI."""
     parser = argparse.ArgumentParser(prog="python -m deployments.ahead", description=__doc__)
     parser.add_argument("files", nargs="*", metavar="FILE", default=["serve_config.yaml"])
     parser.add_argument("--anew", action="store_true", help="compile what is in the cache, too, and replace it")

@@ -60,7 +60,7 @@ class PutOff:
     """A job of its own, and the folder in which the other process finds it."""
 
     def give_up(self, reason: BadPlan) -> None:
-        """Set the entry aside, whose plan does not hold, unless it had no chance to; also in the shares, later."""
+        """Set the entry aside, whose plan does not hold, unless it had no chance to."""
         if reason.stage == "stuck":
             self.cache.tell(f"the plan is not used: {reason}")
         else:
@@ -197,7 +197,7 @@ class Background:
             scratch.buckets = [BucketReport(row.batch_size, row.length) for row in model.report.buckets]
             model.others_compile = True
             try:
-                plan = Plan.load(path, todo.made_for, self._job.config.cache.oldest())
+                plan = Plan.load(path, todo.made_for)
                 plan.explain(model.report)  # another process may have made it
                 self._build(plan, path, scratch)
             except BadPlan as reason:

@@ -112,7 +112,7 @@ def _start_at_once(
     """Start warm where the plan is at hand, else eager, the rest put off; None, with a note, where it cannot be."""
     oldest = job.config.cache.oldest()
     try:
-        for _ in range(2):  # instead of one of ours that is too old a share may have a newer one
+        while True:  # instead of one that is too old a share may have a newer one
             with todo.cache.hold(todo.key, wait=False) as path:
                 if path is None:
                     with clock(report, "share"):
@@ -122,6 +122,8 @@ def _start_at_once(
                 built = start_by_plan(start, todo, path, oldest)
                 if built is not None:
                     return Outcome(*built)
+                if path.exists():
+                    break
     except Busy:  # then it is waited for in the background
         logger.info("another process compiles the same")
     if not todo.cache.is_writable():

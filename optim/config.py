@@ -120,7 +120,8 @@ class CacheConfig:
     """A folder of any storage that fsspec knows (file, s3, gs, ...), read at a start and written by whoever compiled
     first; entries are signed with the key in the environment variable PT2_CACHE_KEY. Default none."""
     not_before: str | None = None
-    """A time ("2026-11-30T12:00Z", in quotes; UTC unless it says): plans made before it are made anew. Default none."""
+    """A time ("2026-11-30T12:00Z", in quotes; UTC unless it says): once it has come, plans made before are made anew.
+    Default none."""
     max_gb: float = 10.0
     """What it may hold, 10^9 bytes; the entries not used for longest are removed. Default 10."""
 

@@ -29,8 +29,8 @@ _SHORTEST_KEY = 16
 #: come; the same where eager could answer meanwhile; and to see whether something is wrong with what it leaves there.
 OPEN_S, _GET_S, _QUICK_S, _OFFER_S = 60.0, 600.0, 30.0, 10.0
 
-#: What was offered to shares since `finish_offers` was called last, and whether it has arrived.
-_offers: list[Future[bool]] = []
+#: What was offered since `finish_offers` was called last: to which share, and whether it has arrived.
+_offers: list[tuple[str, Future[bool]]] = []
 
 T = TypeVar("T")
 
@@ -57,7 +57,8 @@ class Exchange:
 
     def __init__(self, cache: Cache, entry: str, shares: Sequence[Share], report: CompileReport) -> None:
         self._cache, self._entry, self._shares, self._report = cache, entry, shares, report
-        self._may_ask = True
+        #: Those that were not asked yet, and those that had too little time to answer.
+        self._unasked, self._late = list(shares), list[Share]()
         self._has_adopted = False
         #: Whether what is offered takes the place of what is there.
         self._is_anew = False
@@ -65,33 +66,39 @@ class Exchange:
     def adopt(self, *, quickly: bool = False) -> Path | None:
         """Return the entry of the first share that has it, now in the cache too; call while it is held.
 
-        They are asked once, and each has time for a large entry; not so `quickly`, where eager could answer meanwhile.
+        Each is asked once, and has time for a large entry; not so `quickly`, where eager could answer meanwhile.
         """
-        may_ask, self._may_ask = self._may_ask, False
+        if not quickly:
+            self._unasked, self._late = [*self._late, *self._unasked], []
         found_damaged = False
-        for share in self._shares if may_ask else ():
+        while self._unasked:
+            share = self._unasked.pop(0)
             try:
                 packed = within(_QUICK_S if quickly else _GET_S, partial(share.get, self._entry))
                 if packed is not None:
                     path = self._cache.adopt(self._entry, lambda folder, found=packed: unpack(found, folder))  # type: ignore[misc]
                     self._report.notes.append(f"the plan came from {share.name}")
-                    self._has_adopted, self._is_anew = True, found_damaged
+                    self._is_anew = found_damaged or self._has_adopted  # of another share, which was too old
+                    self._has_adopted = True
                     return path
             except (Damaged, tarfile.TarError, FileNotFoundError) as error:  # the last: there is no manifest
                 found_damaged = self._is_anew = True
                 self._tell(share, "nothing is taken from", error)
             except Exception as error:  # storages and networks of all kinds; a cold start is always there
+                if quickly and isinstance(error, TimeoutError):
+                    self._late.append(share)
                 self._tell(share, "nothing is taken from", error)
         return None
 
     def replace(self, reason: BadPlan) -> None:
         """Let what is offered next take the place of what came from a share, which every machine would find else.
 
-        Not where that was only slow here: this machine may be under load, and the plan good for all others. Instead of
-        one that is only old the shares may have a newer one.
+        Not where that was only slow here, or had no chance: this machine may be under load, and the plan good for all
+        others. Instead of one that is only old the shares not asked yet may have a newer one.
         """
-        self._may_ask &= reason.stage == "old"
-        self._is_anew |= reason.stage == "old" or (self._has_adopted and reason.stage != "time")
+        if reason.stage != "old":
+            self._unasked, self._late = [], []
+        self._is_anew |= reason.stage == "old" or (self._has_adopted and reason.stage not in ("time", "stuck"))
 
     def offer(self, path: Path | None) -> None:
         """Offer the entry to all shares, if there is one; what takes long goes on beside this thread."""
@@ -102,7 +109,7 @@ class Exchange:
             except RuntimeError as error:  # there can be no more threads
                 self._tell(share, "nothing is left in", error)
                 continue
-            _offers.append(left)
+            _offers.append((share.name, left))
             wait([left], _OFFER_S)
 
     def _leave(self, share: Share, path: Path, *, anew: bool) -> bool:
@@ -123,12 +130,17 @@ class Exchange:
 def finish_offers(seconds: float = 900.0) -> bool:
     """Wait for what is on its way to the shares, as a process has to before it ends.
 
-    Returns whether all that was offered since the last time has arrived; what has not is told where it was offered.
+    Returns whether all that was offered since the last time has arrived; what has not is logged, and where it failed,
+    it is in the report.
     """
     offers = _offers.copy()
-    wait(offers, seconds)
+    for name in {name for name, left in offers if not left.done()}:
+        logger.info("waiting for what is on its way to %s", name)
+    late = wait([left for _, left in offers], seconds).not_done
+    for name in {name for name, left in offers if left in late}:
+        logger.warning("what is on its way to %s has not arrived after %.0f s", name, seconds)
     del _offers[: len(offers)]
-    return all(left.done() and left.result() for left in offers)
+    return not late and all(left.result() for _, left in offers)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from optim import CompiledModel, cache, compile_model
-from optim.share import KEY_VARIABLE, Share, ShareUnusable, UriShare, finish_offers, pack, unpack
+from optim.cache import Cache
+from optim.report import CompileReport
+from optim.share import KEY_VARIABLE, Exchange, Share, ShareUnusable, UriShare, finish_offers, pack, unpack
 from optim.verify import compare
 from tests.support import backends, models
 
@@ -292,6 +294,32 @@ def test_a_new_plan_of_a_share_is_found_before_anything_is_put_off(tmp_path: Pat
     model = build(tmp_path / "two", shares=(share,), when="background", not_before=now)
     assert (model.report.start, model.background) == ("warm", None)
     assert share.puts == 2
+
+
+def test_behind_an_old_plan_of_one_share_another_has_a_new_one(tmp_path: Path) -> None:
+    old, new = Memory(), Memory()
+    build(tmp_path / "one", shares=(old,))
+    now = datetime.now(UTC).isoformat()
+    build(tmp_path / "two", shares=(new,), not_before=now)
+    report = build(tmp_path / "three", shares=(old, new), not_before=now).report
+    assert report.start == "warm"
+    assert build(tmp_path / "four", shares=(old,), not_before=now).report.start == "warm", "it has the new one now"
+
+
+def test_who_had_half_a_minute_is_asked_again_where_there_is_more_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = Hanging(refuses=False)
+    share.let_go.set()
+    build(tmp_path / "one", shares=(share,))
+    share.let_go.clear()
+    (entry,) = share.entries
+    exchange = Exchange(Cache(tmp_path / "two", 10**9), entry, [share], CompileReport("", {}, {}))
+    monkeypatch.setattr("optim.share._QUICK_S", 0.1)
+    assert exchange.adopt(quickly=True) is None
+    share.let_go.set()
+    assert exchange.adopt() is not None
+    assert exchange.adopt() is None
 
 
 def test_a_time_yet_to_come_makes_nothing_anew(tmp_path: Path) -> None:
