@@ -89,7 +89,9 @@ def test_exported_files_are_gone_once_the_model_is_built(tmp_path: Path, monkeyp
     module = models.Mlp().eval()
     model = build(module, models.features, "onnxruntime")
     assert set(model.report.engines().values()) == {"onnxruntime"}, model.report.all_refusals()
-    assert list(tmp_path.iterdir()) == []
+    (home,) = tmp_path.iterdir()
+    assert home.name.startswith("pt2-scratch-")
+    assert list(home.iterdir()) == []
     torch.testing.assert_close(model(*models.features(3)), module(*models.features(3)))
 
 
