@@ -159,7 +159,9 @@ def main(arguments: list[str]) -> int:
     )
     if SERVING in environment:  # Ray's own processes inherit it, and its workers
         os.setpriority(os.PRIO_PROCESS, 0, int(environment[SERVING]) + NICER)
-    os.execve(program, [str(program), "run", path, *rest], environment)
+    # A Ray of its own, also where one runs already: that has none of these settings.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    os.execve(program, [str(program), "run", "--address", address, path, *rest], environment)
 
 
 if __name__ == "__main__":

@@ -151,8 +151,7 @@ class Background:
             failure = "it was stopped"
         report.background = "done" if failure is None else "failed"
         if failure is not None:
-            report.notes.append(f"compiling in the background failed: {failure}")
-            logger.warning("%s; what has not moved over stays eager", report.notes[-1])
+            report.warn(f"compiling in the background failed, and what has not moved over stays eager: {failure}")
         announce(report)
         del self._job, self._reference  # a copy of the module, and more where a wider dtype was asked for
 

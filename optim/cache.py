@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 
 from optim.locks import Busy, Waiting, open_lock, take
+from optim.private import NotPrivate, require_private
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class Cache:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # some network file systems have no locks
         except OSError as error:
             raise CacheUnusable(f"{error.filename or self.folder}: {error.strerror}") from error
+        except NotPrivate as error:
+            raise CacheUnusable(str(error)) from error
 
     @contextmanager
     def hold(self, name: str, *, wait: bool = True) -> Iterator[Path | None]:
@@ -201,7 +203,7 @@ class Cache:
             if path.exists():
                 self.reject(name, "it has no manifest, or a file is gone")
             return None
-        except (CacheUnusable, Damaged, OSError) as error:
+        except (NotPrivate, Damaged, OSError) as error:
             self.reject(name, str(error))
             return None
         return path
@@ -231,21 +233,10 @@ class Cache:
         return True
 
     def _sweep(self) -> None:
-        """Remove what processes that died left half made."""
+        """Remove what processes that died left half made: by its age, since other nodes may use the same folder."""
         for left in [*self.folder.glob("making-*"), *self.folder.glob("aside-*")]:
             if time.time() - _used(left) > 24 * 3600:
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def require_private(path: Path) -> None:
-    """Raise CacheUnusable where somebody else could have put files there."""
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise CacheUnusable(f"{path} is not a folder")
-    if found.st_uid != os.getuid():
-        raise CacheUnusable(f"{path} belongs to user {found.st_uid}, not to {os.getuid()}")
-    if found.st_mode & 0o022:
-        raise CacheUnusable(f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); use 700")
 
 
 def _write_manifest(folder: Path) -> None:

@@ -15,7 +15,15 @@ from optim.cache import Cache
 from optim.child import NotCarried
 from optim.engines import EngineJob, choose_engines
 from optim.fingerprint import key_of
-from optim.kept import describe_subject, keep_plan, open_cache, open_uri, start_by_plan, start_without_compiler
+from optim.kept import (
+    describe_subject,
+    find_plan,
+    keep_plan,
+    open_cache,
+    open_uri,
+    start_by_plan,
+    start_without_compiler,
+)
 from optim.locks import Busy
 from optim.model import Lane
 from optim.plan import Plan
@@ -27,6 +35,8 @@ from optim.start import Built, Start, clock
 from optim.streams import Streams
 
 logger = logging.getLogger(__name__)
+
+_AT_ONCE = "not compiled in the background but before it was ready"
 
 
 @dataclass(frozen=True)
@@ -77,23 +87,18 @@ def choose(
     if job.config.compile.when == "background":
         if job.state:
             outcome = None
-            _not_put_off(report, "another process would not have its state")
+            report.warn(f"{_AT_ONCE}: another process would not have its state")
         elif job.info.device.type == "cpu":
             outcome = _start_at_once(start, todo, job, reference, report)
         else:
             outcome = None
-            _not_put_off(report, "on a GPU another process would need memory of its own")
+            report.warn(f"{_AT_ONCE}: on a GPU another process would need memory of its own")
         if outcome is not None:
             report.notes += cache.notes
             return outcome
     built = None
     while built is None:  # each time round a plan that did not hold is gone; then who is first makes a new one
-        with ExitStack() as stack:
-            with clock(report, "cache"):
-                path = stack.enter_context(cache.hold(key))
-            if path is None:
-                with clock(report, "share"):
-                    path = exchange.adopt()
+        with find_plan(todo, report) as path:
             if path is None:
                 built, path = _race(start, choice.names, cache, key, made_for, job, report)
                 exchange.offer(path)
@@ -113,26 +118,21 @@ def _start_at_once(
     oldest = job.config.cache.oldest()
     try:
         while True:  # instead of one that is too old a share may have a newer one
-            with todo.cache.hold(todo.key, wait=False) as path:
-                if path is None:
-                    with clock(report, "share"):
-                        path = todo.exchange.adopt(quickly=True)
-                if path is None:
-                    break
-                built = start_by_plan(start, todo, path, oldest)
+            with find_plan(todo, report, at_once=True) as path:
+                built = None if path is None else start_by_plan(start, todo, path, oldest)
                 if built is not None:
                     return Outcome(*built)
-                if path.exists():
+                if path is None or path.exists():
                     break
     except Busy:  # then it is waited for in the background
         logger.info("another process compiles the same")
     if not todo.cache.is_writable():
-        _not_put_off(report, f"what another process makes could not be kept in {todo.cache.folder}")
+        report.warn(f"{_AT_ONCE}: what another process makes could not be kept in {todo.cache.folder}")
         return None
     try:
         todo = put_off(todo, job, reference, report.candidates)
     except NotCarried as reason:
-        _not_put_off(report, str(reason))
+        report.warn(f"{_AT_ONCE}: {reason}")
         return None
     return Outcome(start.stay_eager(), None, todo)
 
@@ -151,11 +151,6 @@ def _race(
         built = start.start_cold(names, folder)
         plan = Plan.of(report, made_for, start.remarks)
         return built, keep_plan(job, cache, key, folder, plan, report)
-
-
-def _not_put_off(report: CompileReport, reason: str) -> None:
-    report.notes.append(f"not compiled in the background but before it was ready: {reason}")
-    logger.warning(report.notes[-1])
 
 
 def fill_cache(

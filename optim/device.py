@@ -24,6 +24,7 @@ import torch
 
 from optim import pages
 from optim.errors import describe
+from optim.private import NotPrivate, require_private
 from optim.scratch import Scratch
 
 logger = logging.getLogger(__name__)
@@ -103,32 +104,44 @@ def inspect_device(device: torch.device) -> DeviceInfo:
 
 @cache
 def ensure_cache_folder() -> str | None:
-    """See to it, once a process, that Inductor can write its cache; return what was done, if something had to be.
+    """See to it, once a process, that Inductor's cache is this user's; return what was done, if something had to be.
 
-    From torch 2.13 on, Dynamo cannot even be imported where it cannot. Then this process, and those that it starts, use
-    a folder of their own for as long as they live.
+    It runs what it finds there, and from torch 2.13 on, Dynamo cannot even be imported where it cannot write. In both
+    cases this process, and those that it starts, use a folder of their own for as long as they live.
     """
     key = "TORCHINDUCTOR_CACHE_DIR"
-    folder = Path(os.environ.get(key) or Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}")
+    asked = os.environ.get(key)
+    # Anybody can put a link where the default is.
+    default = Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}"
+    folder = Path(asked).resolve() if asked else default
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_private(folder)
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        scratch = Scratch("inductor")
-        atexit.register(scratch.remove)  # which keeps it until then
-        own = os.environ[key] = str(scratch.path)
-        note = f"Inductor's cache folder {folder} cannot be written ({error.strerror}); {own} is used instead"
-        logger.warning(note)
-        return note
+        why = f"{folder} cannot be written ({error.strerror})"
+    except NotPrivate as error:
+        why = str(error)
+    scratch = Scratch("inductor")
+    atexit.register(scratch.remove)  # which keeps it until then
+    own = os.environ[key] = str(scratch.path)
+    note = f"Inductor's cache folder {why}; {own} is used instead"
+    logger.warning(note)
+    return note
 
 
 def _user_name() -> str:
-    """Return the user's name as Inductor's default folder has it."""
+    """Return the user's name as Inductor's default folder has it.
+
+    A container's user may have none (Kubernetes' `runAsUser`), and torch 2.8 cannot even import Dynamo then: so
+    this process, and those that it starts, have the name that torch 2.13 takes.
+    """
     try:
-        return re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())
+        name = getpass.getuser()
+    except (KeyError, OSError):  # the second from Python 3.13 on
+        name = os.environ["LOGNAME"] = f"uid_{os.getuid()}"
+    return re.sub(r'[\\/:*?"<>|]', "_", name)
 
 
 def import_ipex() -> ModuleType:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,7 @@ from optim.locks import Busy
 from optim.plan import BadPlan, Plan, as_kept
 from optim.report import CompileReport
 from optim.share import KEY_VARIABLE, OPEN_S, Share, ShareUnusable, UriShare, within
-from optim.start import Built, Start
-
-logger = logging.getLogger(__name__)
+from optim.start import Built, Start, clock
 
 
 def open_cache(job: EngineJob, report: CompileReport) -> Cache | None:
@@ -30,7 +29,7 @@ def open_cache(job: EngineJob, report: CompileReport) -> Cache | None:
         folder = Path(asked.folder).expanduser() if asked.folder else default_folder()
         return Cache(folder, int(asked.max_gb * 1e9))
     except (CacheUnusable, RuntimeError) as reason:  # the second: `~` of a user without a home
-        _no_cache(report, str(reason))
+        report.warn(f"no compile cache: {reason}")
         return None
 
 
@@ -42,8 +41,7 @@ def open_uri(job: EngineJob, report: CompileReport) -> list[Share]:
     try:
         return [within(OPEN_S, partial(UriShare, uri, os.environ.get(KEY_VARIABLE)))]
     except (ShareUnusable, TimeoutError, RuntimeError) as reason:  # the last: there can be no more threads
-        report.notes.append(f"pt2.cache.uri: {uri} is not used: {reason}")
-        logger.warning(report.notes[-1])
+        report.warn(f"pt2.cache.uri: {uri} is not used: {reason}")
         return []
 
 
@@ -54,13 +52,23 @@ def describe_subject(job: EngineJob, streams: int, report: CompileReport) -> dic
     except Exception as error:  # modules and tensors of all kinds
         if is_device_error(error):
             raise
-        _no_cache(report, "the module cannot be described: {}: {}".format(*describe(error, 300)))
+        report.warn("no compile cache: the module cannot be described: {}: {}".format(*describe(error, 300)))
         return None
 
 
-def _no_cache(report: CompileReport, reason: str) -> None:
-    report.notes.append(f"no compile cache: {reason}")
-    logger.warning(report.notes[-1])
+@contextmanager
+def find_plan(todo: PutOff, report: CompileReport, *, at_once: bool = False) -> Iterator[Path | None]:
+    """Hold the entry to be made: its folder, if it was made here or a share has it.
+
+    It is waited for, unless it is to be found `at_once`: then Busy is raised where another process makes it.
+    """
+    with ExitStack() as stack:
+        with clock(report, "cache"):
+            path = stack.enter_context(todo.cache.hold(todo.key, wait=not at_once))
+        if path is None:
+            with clock(report, "share"):
+                path = todo.exchange.adopt(quickly=at_once)
+        yield path
 
 
 def start_by_plan(start: Start, todo: PutOff, path: Path, oldest: float) -> Built | None:
@@ -113,7 +121,7 @@ def keep_plan(job: EngineJob, cache: Cache, key: str, folder: Path, plan: Plan, 
         known = lasting | {"budget"} if row.eager_won else set() if job.config.must_compile else lasting
         failed = [r for r in [*report.refusals, *row.refusals] if r.stage not in known]
         if failed:
-            report.notes.append(f"no plan is kept: bucket {row.bucket} is eager, and {failed[0]}")
+            report.warn(f"no plan is kept: bucket {row.bucket} is eager, and {failed[0]}")
             return None
 
     def fill(target: Path) -> None:
@@ -123,8 +131,7 @@ def keep_plan(job: EngineJob, cache: Cache, key: str, folder: Path, plan: Plan, 
     try:
         path = cache.store(key, fill)
     except OSError as error:  # of several files together (shutil.Error), too
-        report.notes.append("no plan is kept: {}: {}".format(*describe(error, 300)))
-        logger.warning(report.notes[-1])
+        report.warn("no plan is kept: {}: {}".format(*describe(error, 300)))
         return None
     report.cache = str(path)
     return path

@@ -14,7 +14,9 @@ from optim.report import CompileReport, Refusal
 
 _FILE = "plan.json"
 #: What of a bucket's row a later start takes over; errors and tolerances are found anew.
-_FIGURES = ("ms", "eager_ms", "speedup", "stream_ms", "stream_gain", "race", "eager_won")
+_TIMES = ("ms", "eager_ms", "speedup", "stream_ms", "stream_gain")
+_REASONS = ("race", "eager_won")
+_KEPT = (*_TIMES, *_REASONS)
 
 
 class BadPlan(Exception):
@@ -48,7 +50,11 @@ class Plan:
     def of(cls, report: CompileReport, made_for: Mapping[str, Any], remarks: Iterable[str] = ()) -> Plan:
         """Take down what a report says."""
         rows = {
-            b.bucket: {"engine": b.engine, "refusals": b.refusals, **{name: getattr(b, name) for name in _FIGURES}}
+            b.bucket: {
+                "engine": b.engine,
+                "refusals": b.refusals,
+                **{name: getattr(b, name) for name in _KEPT},
+            }
             for b in report.buckets
         }
         return cls(made_for, rows, report.streams, report.refusals, list(remarks), time.time())
@@ -62,7 +68,7 @@ class Plan:
                 Bucket(int(row["batch_size"]), int(row["length"])): {
                     "engine": str(row["engine"]),
                     "refusals": _refusals(row["refusals"]),
-                    **{name: row[name] for name in _FIGURES},
+                    **{name: row[name] for name in _KEPT},
                 }
                 for row in found["buckets"]
             }
@@ -107,18 +113,18 @@ class Plan:
         (folder / _FILE).write_text(json.dumps(found, indent=1, default=str))
 
     def fill(self, report: CompileReport) -> None:
-        """Take figures and reasons over into a report whose rows are those of the plan's buckets."""
+        """Take the figures over into a report whose rows are those of the plan's buckets."""
         for row in report.buckets:
-            for name in _FIGURES:
+            for name in _TIMES:
                 setattr(row, name, self.rows[row.bucket][name])
-        self.explain(report)
 
     def explain(self, report: CompileReport) -> None:
         """Take the reasons over: what raced, and why which engine lost."""
         for row in report.buckets:
             known = self.rows.get(row.bucket)
             if known is not None:
-                row.race, row.eager_won = known["race"], known["eager_won"]
+                for name in _REASONS:
+                    setattr(row, name, known[name])
                 row.refusals += [refusal for refusal in known["refusals"] if refusal not in row.refusals]
         report.refusals += [refusal for refusal in self.refusals if refusal not in report.refusals]
         report.notes += [remark for remark in self.remarks if remark not in report.notes]

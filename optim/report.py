@@ -139,6 +139,11 @@ class CompileReport:
         """Return every refusal, those of single buckets included."""
         return [*self.refusals, *(refusal for bucket in self.buckets for refusal in bucket.refusals)]
 
+    def warn(self, note: str) -> None:
+        """Note something that is not as it was asked for, and log it."""
+        self.notes.append(note)
+        logger.warning(note)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, ready for JSON."""
         return asdict(self)

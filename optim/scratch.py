@@ -14,12 +14,12 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
-from optim.cache import CacheUnusable, require_private
 from optim.locks import Busy, take
+from optim.private import NotPrivate, require_private
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +59,14 @@ def _make(what_for: str) -> tuple[Path, int | None]:
             logger.info("removing what a process that was killed has left: %s", left)
             shutil.rmtree(left, ignore_errors=True)
         made = Path(tempfile.mkdtemp(prefix=f"{_UNLOCKED}{what_for}-", dir=home))
-        try:
+        with ExitStack() as undo:
+            undo.callback(made.rmdir)
             lock = _lock(made)
-        except (OSError, Busy):
-            made.rmdir()
-            raise
-        return made.rename(home / made.name.removeprefix(_UNLOCKED)), lock
-    except (OSError, Busy, CacheUnusable) as error:  # somebody else's folder, or a file system without locks
+            undo.callback(os.close, lock)
+            path = made.rename(home / made.name.removeprefix(_UNLOCKED))
+            undo.pop_all()
+        return path, lock
+    except (OSError, Busy, NotPrivate) as error:  # somebody else's folder, or a file system without locks
         logger.warning("a temporary folder stays if this process is killed: %s", error)
         return Path(tempfile.mkdtemp(prefix=f"pt2-{what_for}-")), None
 

@@ -122,9 +122,7 @@ class Exchange:
         return True
 
     def _tell(self, share: Share, what: str, error: Exception) -> None:
-        note = "{} {}: {}: {}".format(what, share.name, *describe(error, 300))
-        self._report.notes.append(note)
-        logger.warning(note)
+        self._report.warn("{} {}: {}: {}".format(what, share.name, *describe(error, 300)))
 
 
 def finish_offers(seconds: float = 900.0) -> bool:

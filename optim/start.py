@@ -111,9 +111,9 @@ class Start:
                 reason = f"its plan does not hold any more: {why[-1] if why else row.engine}"
                 raise BadPlan(reason, why[-1].stage if why else "verify")
         plan.fill(report)
-        if plan.streams == 1:  # why, it says
-            return lanes, None
-        return lanes, self._build_streams(job, lanes, plan)
+        streams = None if plan.streams == 1 else self._build_streams(job, lanes, plan)
+        plan.explain(report)  # of one that does not hold nothing is to be told but that
+        return lanes, streams
 
     def _remark(self, text: str) -> None:
         """Note what later starts should know, too."""
@@ -154,12 +154,10 @@ class Start:
             if plan is not None and not isinstance(reason, NoRoom):
                 raise BadPlan(f"its plan does not hold any more: one run at a time: {reason}") from reason
             # While versions are rolled out the old one has the memory: no reason to have engines compete again.
-            why = f"one run at a time: {reason}"
             if plan is None:
-                self._remark(why)
+                self._remark(f"one run at a time: {reason}")
             else:
-                self._report.notes.append(why)
-                logger.warning("one run at a time, though the plan has %d: %s", plan.streams, reason)
+                self._report.warn(f"one run at a time, though the plan has {plan.streams}: {reason}")
                 for row in self._report.buckets:
                     row.stream_ms = row.stream_gain = None
             return None

@@ -13,6 +13,7 @@ from optim.engines.base import Engine, EngineJob
 from optim.engines.eager import ChannelsLastEngine
 from optim.engines.gemv import GemvEngine
 from optim.engines.inductor import TorchCompileEngine
+from optim.engines.inductor_files import keep_headers_private
 from optim.engines.ipex import IpexEngine, optimize
 from optim.engines.onednn import OneDnnEngine
 from optim.engines.onnxruntime import OnnxRuntimeEngine
@@ -82,6 +83,7 @@ class Choice:
 
 def make_engine(name: str, job: EngineJob) -> Engine:
     """Return the engine of this name; one that is not ours is a backend of torch.compile."""
+    keep_headers_private()
     maker = _MAKERS.get(name)
     # The options given for OpenVINO are those of its torch.compile backend.
     if maker is None or (name == "openvino" and job.config.compile.options is not None):

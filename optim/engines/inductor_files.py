@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 
-from optim.cache import require_private
+from optim.private import NotPrivate, require_private
+
+logger = logging.getLogger(__name__)
 
 _GRAPHS, _LIBRARIES, _PASSED = "graphs.bin", "libraries", "passed_checks.json"
 
@@ -27,17 +30,12 @@ _warm = threading.local()
 
 
 def save(folder: Path, *, for_cpu: bool) -> None:
-    """Save what this process has compiled into a folder; CacheUnusable where others could have put it there.
+    """Save what this process has compiled into a folder; NotPrivate where others could have put it there.
 
     torch's artifacts have the graphs alone, by what decides them (and on a GPU Triton's kernels), not the libraries of
     a CPU's; there are none of graphs with frozen weights, whose libraries are still worth a compiler's time.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     require_private(_cache_folder())
-    headers = Path(default_cache_dir())  # precompiled ones lie there, wherever the cache folder is
-    if headers.exists():
-        require_private(headers)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _GRAPHS).write_bytes(_graphs())
     if not for_cpu:
@@ -117,6 +115,26 @@ def teach_inductor() -> None:
 
     cpu_vec_isa.VecISA.check_build = check_once  # type: ignore[method-assign,assignment]
     bindings._get_uncompiled_header = classmethod(get_header_unless_warm)
+
+
+@cache
+def keep_headers_private() -> None:
+    """Have Inductor keep its precompiled headers where nobody else can put theirs; once, before anything is compiled.
+
+    They lie in its default folder, wherever its cache folder is, and end up in all that is compiled with them.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    try:
+        folder = Path(default_cache_dir())
+        folder.mkdir(mode=0o700, exist_ok=True)
+        require_private(folder)
+    except (OSError, NotPrivate) as reason:
+        from torch._inductor import codecache
+
+        headers = _cache_folder() / "precompiled_headers"
+        codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(headers), str(headers / "locks")
+        logger.info("precompiled headers go to %s: %s", headers, reason)
 
 
 def _loaded_libraries() -> Iterator[Path]:

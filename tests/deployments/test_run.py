@@ -150,6 +150,22 @@ def test_a_backend_that_has_lost_its_servers_keeps_those_it_had(tmp_path: Path) 
     assert write(building) == building, "an application that was removed has nothing to keep"
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(None, "local"), ("10.0.0.7:6379", "10.0.0.7:6379")])
+def test_ray_is_its_own_unless_told_otherwise(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: str
+) -> None:
+    """A Ray that runs on the machine has none of the settings; one that was killed leaves its address."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("RAY_ADDRESS", asked)
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execve", lambda program, arguments, environment: started.append(arguments[1:]))
+    monkeypatch.setattr("os.setpriority", lambda which, who, priority: None)
+    path = str(SCRIPT.parents[1] / "serve_config.yaml")
+    main([path, "--non-blocking"])
+    assert started == [["run", "--address", expected, path, "--non-blocking"]]
+
+
 def test_a_mistake_ends_it_before_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("applications: []\nhttp_option: {}\n")

@@ -20,7 +20,7 @@ def test_serve_run_ends_with_the_key_named(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
     done = subprocess.run(
-        [str(Path(sys.executable).parent / "serve"), "run", str(path)],
+        [str(Path(sys.executable).parent / "serve"), "run", "--address", "local", str(path)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -20,8 +20,9 @@ from optim.errors import ConfigError
 from optim.report import CompileReport
 from tests.support import backends, models
 
-assert backends.BACKENDS, "imported, so that they are registered"
+pytestmark = pytest.mark.any_torch
 
+assert backends.BACKENDS, "imported, so that they are registered"
 
 CPU = inspect_device(torch.device("cpu")).capabilities
 NO_COMPILER = Capability(False, "no C++ compiler (no g++ or clang++ on PATH): a test")
@@ -157,7 +158,6 @@ def test_a_time_that_is_none_is_refused() -> None:
         start(faithful(cache={"not_before": "soon"}))
 
 
-@pytest.mark.any_torch
 def test_a_plan_survives_what_hangs_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start(faithful()).start == "cold"
     with monkeypatch.context() as patch:

@@ -20,6 +20,8 @@ from optim.share import KEY_VARIABLE, Exchange, Share, ShareUnusable, UriShare, 
 from optim.verify import compare
 from tests.support import backends, models
 
+pytestmark = pytest.mark.any_torch
+
 assert backends.BACKENDS
 KEY = "a key of the operator's"
 
@@ -117,7 +119,6 @@ def test_plans_go_over_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pr
     assert f"the plan came from {uri}" in warm.report.notes
 
 
-@pytest.mark.any_torch
 def test_what_is_signed_with_another_key_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"file://{tmp_path}/shared"
     monkeypatch.setenv(KEY_VARIABLE, "somebody else's key")

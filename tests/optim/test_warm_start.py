@@ -307,7 +307,7 @@ cpp_builder.CppBuilder.build = count
 module, example = {"Mlp": (models.Mlp, models.features), "SmallCnn": (models.SmallCnn, models.images)}[sys.argv[2]]
 if sys.argv[4:]:  # another model, in the same process before it
     other = {"compile": {"backend": sys.argv[1], "only_if_faster": False}, "cache": {"folder": sys.argv[4]}}
-    compile_model(module(), example, other, batch_sizes=(2, 4), device="cpu")
+    compile_model(module(), example, other, batch_sizes=(2,), device="cpu")
 section = {"compile": {"backend": sys.argv[1], "only_if_faster": False}, "cache": {"folder": sys.argv[3]}}
 model = compile_model(module(), example, section, batch_sizes=(1, 4), device="cpu")
 engines = set(model.report.engines().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import subprocess
 import sys
@@ -251,6 +252,48 @@ assert any("cannot be written (Not a directory)" in note for note in model.repor
 torch.testing.assert_close(model(*models.features(3)), module(*models.features(3)))
 """
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CPU["cxx"].available, reason=CPU["cxx"].detail)
+def test_a_cache_folder_of_inductors_that_others_can_write_to(tmp_path: Path) -> None:
+    """Whoever made it first, under the folder for temporary files, could have put libraries or headers there."""
+    theirs = tmp_path / f"torchinductor_{getpass.getuser()}"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    script = """
+import os
+from pathlib import Path
+from optim import compile_model
+from tests.support import models
+section = {"compile": {"backend": "inductor", "only_if_faster": False}}
+model = compile_model(models.Mlp().eval(), models.features, section, batch_sizes=(2,), device="cpu")
+assert model.report.engines() == {"2": "inductor"}, model.report
+assert any("can be written by others (mode 777)" in note for note in model.report.notes), model.report.notes
+assert Path(model.report.cache).is_dir(), "what was compiled elsewhere is kept all the same"
+ours = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+assert list(ours.rglob("*.so")) and list(ours.glob("precompiled_headers/*.gch")), list(ours.rglob("*"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment["TMPDIR"] = str(tmp_path)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, env=environment)
+    assert not list(theirs.iterdir())
+
+
+def test_a_user_without_a_name() -> None:
+    """As in a container that was given a number to run as: torch 2.8 cannot import Dynamo then."""
+    script = """
+import pwd
+def getpwuid(user):
+    raise KeyError(f"getpwuid(): uid not found: {user}")
+pwd.getpwuid = getpwuid
+from optim import Pt2Config
+assert Pt2Config.parse({"compile": {"backend": "inductor"}}).compile.backend == "inductor"
+import torch._inductor.codecache
+"""
+    names = {"LOGNAME", "USER", "LNAME", "USERNAME"}
+    environment = {name: value for name, value in os.environ.items() if name not in names}
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, env=environment)
 
 

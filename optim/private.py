@@ -1,0 +1,22 @@
+"""Folders that are safe to load code from: this user's, with nobody else able to put files there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+class NotPrivate(Exception):
+    """Somebody else could have put files there; the message is the reason."""
+
+
+def require_private(path: Path) -> None:
+    """Raise NotPrivate where somebody else could have put files into a folder, OSError where there is none."""
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotPrivate(f"{path} is not a folder")
+    if found.st_uid != os.getuid():
+        raise NotPrivate(f"{path} belongs to user {found.st_uid}, not to {os.getuid()}")
+    if found.st_mode & 0o022:
+        raise NotPrivate(f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); use 700")
