@@ -11,6 +11,7 @@ from typing import Any, Literal
 from deployments.servable import Model, Servable
 from optim.buckets import make_grid
 from optim.config import Pt2Config
+from optim.device import ensure_cache_folder
 from optim.errors import ConfigError, describe
 from optim.strict import read_section
 
@@ -125,6 +126,7 @@ class ModelArgs:
         if "model" not in args:
             raise ConfigError("args.model", None, "name the model as package.module:Class")
         rest = {key: value for key, value in args.items() if key != "pt2"}
+        ensure_cache_folder()  # what a model's module imports may import Dynamo
         # The model's module is imported before pt2 is read, since it may register a torch.compile backend.
         model_class = find_model(args["model"])
         parsed = read_section("args", rest, cls, given={"pt2": lambda: Pt2Config.parse(args.get("pt2"))})

@@ -30,7 +30,6 @@ class Reply(ABC):
         self._tells_tokens = wanted.sampling.logprobs is not None
         self._tokenizer = service.generator.tokenizer
         self._head = {"id": f"{self.kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
-        self._offsets: dict[int, int] = {}
         # What stands before a token whose text is asked for; some tokenizers (of proteins) have no "a".
         self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids[-1:] if self._tells_tokens else []
         self._anchor_length = len(self._tokenizer.decode(self._anchor, skip_special_tokens=False))
@@ -42,7 +41,7 @@ class Reply(ABC):
             yield self._write(1, [choice], **usage)
         async with aclosing(answers.pieces(deadline)) as pieces:
             async for piece in pieces:
-                logprobs = self._write_logprobs(piece.index, [piece.picked] if piece.picked else [])
+                logprobs = self._write_logprobs([piece]) if piece.picked else None
                 if piece.text or piece.finish or logprobs:
                     yield self._write(1, [self._change(piece, logprobs)], **usage)
         if self.wanted.with_usage:
@@ -56,9 +55,8 @@ class Reply(ABC):
                 by_index.setdefault(piece.index, []).append(piece)
         choices = []
         for index, found in sorted(by_index.items()):
-            picked = [piece.picked for piece in found if piece.picked]
             choice = self._choice("".join(piece.text for piece in found))
-            logprobs = self._write_logprobs(index, picked)
+            logprobs = self._write_logprobs(found)
             choices.append({"index": index, **choice, "logprobs": logprobs, "finish_reason": found[-1].finish})
         return self._write(0, choices, usage=_usage(answers))
 
@@ -78,13 +76,17 @@ class Reply(ABC):
         """Return what a choice of a whole reply has of its own."""
 
     @abstractmethod
-    def _logprobs(self, index: int, picked: Sequence[Picked]) -> Json:
-        """Return the log-probabilities of some tokens."""
+    def _logprobs(self, picked: Sequence[Picked], spans: Sequence[tuple[int, int]]) -> Json:
+        """Return the log-probabilities of some tokens; spans are those of their pieces."""
 
-    def _write_logprobs(self, index: int, picked: Sequence[Picked]) -> Json | None:
-        return self._logprobs(index, picked) if self._tells_tokens and picked else None
+    def _write_logprobs(self, pieces: Sequence[Piece]) -> Json | None:
+        if not self._tells_tokens:
+            return None
+        told = [(piece.picked, piece.span) for piece in pieces if piece.picked]
+        return self._logprobs([picked for picked, _ in told], [span for _, span in told])
 
-    def _text_of(self, token: int) -> str:
+    def _text_of(self, token: int | None) -> str:
+        assert token is not None
         # Behind another one: many decoders strip the space at the beginning of a text.
         return self._tokenizer.decode([*self._anchor, token], skip_special_tokens=False)[self._anchor_length :]
 
@@ -101,25 +103,22 @@ class CompletionReply(Reply):
     def _choice(self, text: str) -> Json:
         return {"text": text}
 
-    def _logprobs(self, index: int, picked: Sequence[Picked]) -> Json:
+    def _logprobs(self, picked: Sequence[Picked], spans: Sequence[tuple[int, int]]) -> Json:
         texts = [self._text_of(one.token) for one in picked]
-        offsets, offset = [], self._offsets.get(index, 0)
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[index] = offset
         return {
             "tokens": texts,
             "token_logprobs": [_write_logprob(one.logprob) for one in picked],
             "top_logprobs": [self._write_top(one) for one in picked],
-            "text_offset": offsets,
+            # Bytes that turn out to be no character come into the text with the token behind them.
+            "text_offset": [max(before, after - len(text)) for text, (before, after) in zip(texts, spans, strict=True)],
         }
 
     def _write_top(self, picked: Picked) -> dict[str, float]:
         found: dict[str, float] = {}
         for token, logprob in picked.top:  # parts of characters all read alike: the likeliest stays
             found.setdefault(self._text_of(token), _write_logprob(logprob))
-        return found
+        # The token itself always, so that there may be one more than were asked for, as OpenAI has it.
+        return {**found, self._text_of(picked.token): _write_logprob(picked.logprob)}
 
 
 class ChatReply(Reply):
@@ -140,14 +139,14 @@ class ChatReply(Reply):
     def _choice(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _logprobs(self, index: int, picked: Sequence[Picked]) -> Json:
+    def _logprobs(self, picked: Sequence[Picked], spans: Sequence[tuple[int, int]]) -> Json:
         content = []
         for one in picked:
             top = [self._describe(token, logprob) for token, logprob in one.top]
             content.append({**self._describe(one.token, one.logprob), "top_logprobs": top})
         return {"content": content}
 
-    def _describe(self, token: int, logprob: float | None) -> Json:
+    def _describe(self, token: int | None, logprob: float | None) -> Json:
         text = self._text_of(token)
         # A token may be part of a character, whose bytes the tokenizer does not tell.
         return {

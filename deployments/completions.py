@@ -13,7 +13,7 @@ from deployments.sampling import Sampling
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0, 2
 LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
-MOST_STOPS = 4
+MOST_STOPS = 16  # OpenAI takes 4; lm-evaluation-harness sends more
 MOST_CHOICES = 128
 MOST_PENALTY = 2
 MOST_BIAS, MOST_BIASES = 100, 1024
@@ -24,7 +24,7 @@ _DEFAULT_MOST = 16
 #: Fields of completions and chats alike.
 _COMMON = (
     *("model", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "n"),
-    *("presence_penalty", "frequency_penalty", "logit_bias"),
+    *("presence_penalty", "frequency_penalty", "logit_bias", "ignore_eos"),
 )
 #: Fields that are taken where they ask for nothing: their value that does so, beside null.
 _IDLE: Mapping[str, Any] = {
@@ -37,7 +37,20 @@ _IDLE: Mapping[str, Any] = {
     "modalities": ["text"],
 }
 #: Fields that change no answer.
-_IGNORED = ("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier")
+_IGNORED = (
+    *(
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+    ),
+    *("safety_identifier", "parallel_tool_calls"),
+)
+#: Fields of a chat's message that are served where they are null.
+_OF_TOOLS = ("tool_calls", "tool_call_id", "function_call", "audio")
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class TextRequest:
     """Whether a stream's last event has the numbers of tokens."""
     choices: int = 1
     """How many answers each prompt is to have."""
+    ignore_eos: bool = False
+    """Whether the model's own end tokens end no answer, as those who measure want it."""
 
     @property
     def size(self) -> int:
@@ -157,15 +172,12 @@ class _Fields:
         model = self.take("model")
         if not isinstance(model, str | None):
             raise BadRequest(f"model: {model!r} is not the name of a model")
-        options = self.take("stream_options")
         stream = self.flag("stream")
-        if options is not None and (not isinstance(options, dict) or not stream):
-            raise BadRequest("stream_options: an object is needed, and `stream` true")
         sampling = Sampling(
             temperature=self.number(
                 "temperature", 1.0, _is_temperature, f"from {LEAST_TEMPERATURE} to {MOST_TEMPERATURE}"
             ),
-            top_k=self.whole("top_k", 0) or 0,
+            top_k=max(self.whole("top_k", -1) or 0, 0),  # -1 is vLLM's own for all
             top_p=self.number("top_p", 1.0, lambda p: 0 < p <= 1, "above 0, up to 1"),
             seed=self.whole("seed", LEAST_SEED, MOST_SEED),
             logprobs=logprobs,
@@ -179,10 +191,22 @@ class _Fields:
             stops=self._stops(),
             sampling=sampling,
             stream=stream,
-            with_usage=bool((options or {}).get("include_usage")),
+            with_usage=self._wants_usage(stream=stream),
             choices=self.whole("n", 1, MOST_CHOICES) or 1,
+            ignore_eos=self.flag("ignore_eos"),
             **what,
         )
+
+    def _wants_usage(self, *, stream: bool) -> bool:
+        options, key = self.take("stream_options"), "include_usage"
+        if options is None:
+            return False
+        if not isinstance(options, dict) or not stream:
+            raise BadRequest(f"stream_options: {options!r} is not an object, or `stream` is not true")
+        others = [other for other in options if other != key and options[other] not in (None, False)]
+        if others or not isinstance(options.get(key), bool | None):
+            raise BadRequest(f"stream_options: {options!r} has more than {key}, true or false")
+        return bool(options.get(key))
 
     def _penalty(self, key: str) -> float:
         most = MOST_PENALTY
@@ -199,7 +223,7 @@ class _Fields:
 
     def _stops(self) -> tuple[str, ...]:
         value = self.take("stop")
-        stops = [value] if isinstance(value, str) else value or []
+        stops = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(s and isinstance(s, str) for s in stops):
             raise BadRequest(f"stop: {value!r} is not a text, or a list of up to {MOST_STOPS}, none empty")
         return tuple(stops)
@@ -228,7 +252,14 @@ def _read_messages(given: Any) -> list[Mapping[str, Any]]:
         path = f"messages[{index}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRequest(f"{path}: an object with a role is needed")
-        messages.append({"role": message["role"], "content": _read_content(path, message.get("content"))})
+        for key in _OF_TOOLS:
+            if message.get(key):
+                raise Unsupported(f"{path}.{key}: {message[key]!r} is not served; leave it out")
+        name = message.get("name")
+        if not isinstance(name, str | None):
+            raise BadRequest(f"{path}.name: {name!r} is not a text")
+        read = {"role": message["role"], "content": _read_content(path, message.get("content"))}
+        messages.append(read if name is None else {**read, "name": name})
     return messages
 
 
@@ -241,4 +272,4 @@ def _read_content(path: str, content: Any) -> str:
             raise Unsupported(f"{path}.content: parts of type {', '.join(sorted(kinds))} are not served; text is")
         if all(isinstance(part.get("text"), str) for part in content):
             return "".join(part["text"] for part in content)
-    raise BadRequest(f"{path}.content: a text, or a list of parts with one, is needed")
+    raise BadRequest(f"{path}.content: {str(content)[:200]} is not a text, or a list of parts with one")

@@ -170,6 +170,12 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos.to(weight), persistent=False)
         self.register_buffer("sin", sin.to(weight), persistent=False)
 
+    def clear(self, slot: int) -> None:
+        """Empty a slot of the cache: what is no number there makes none of all that is multiplied with it, by 0 too."""
+        for layer in self.layers:
+            for name in ("keys", "values"):
+                getattr(layer.attention, name)[slot].zero_()
+
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:

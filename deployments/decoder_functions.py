@@ -10,6 +10,7 @@ from torch import nn
 
 from deployments.decoder import DecodeOne, Decoder, Prefill
 from deployments.generation import Run, Slots
+from optim import CompiledModel
 from optim.shapes import Example, Inputs
 
 
@@ -47,7 +48,19 @@ def make_slots(
     """Return slots that run the functions, compiled or not; the least piece is run while others generate."""
     prefills = {size: runs[f"prefill {size}"] for size in pieces}
     on_gpu = torch.device(device).type == "cuda"  # a CPU has nothing to do meanwhile
-    return Slots(prefills, runs["decode"], spans, slots, min(pieces), device, runs_ahead=on_gpu)
+    decode = runs["decode"]
+    module = decode.module if isinstance(decode, CompiledModel) else decode
+    assert isinstance(module, DecodeOne)
+    return Slots(
+        prefills,
+        decode,
+        spans,
+        slots,
+        min(pieces),
+        device,
+        runs_ahead=on_gpu,
+        clear=torch.no_grad()(module.decoder.clear),
+    )
 
 
 def _decoding(decoder: Decoder) -> Example:

@@ -15,6 +15,10 @@ from deployments.errors import RequestError
 from deployments.messages import to_json_bytes
 from deployments.replies import internal_error
 
+#: What Python takes for the end of a line (str.splitlines), as httpx does where it reads lines, beside what SSE does.
+_LINE_ENDS = {character.encode(): ascii(character)[1:-1].encode() for character in ("\u2028", "\u2029")}
+_LINE_ENDS["\x85".encode()] = b"\\u0085"
+
 
 class EventStream(StreamingResponse):
     """A reply of server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html).
@@ -39,7 +43,10 @@ class EventStream(StreamingResponse):
 
 def write_event(content: Any) -> bytes:
     """Return an event with its content in JSON."""
-    return b"data: " + to_json_bytes(content) + b"\n\n"
+    text = to_json_bytes(content)
+    for character, escaped in _LINE_ENDS.items():
+        text = text.replace(character, escaped)
+    return b"data: " + text + b"\n\n"
 
 
 async def _tell_errors(request: Request, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -30,6 +30,8 @@ _MOST_CHANGE = 0.01
 _LONGEST = 4096
 #: Places of the cache that the least bucket looks at; each further one has four times as many.
 _LEAST_SPAN = 256
+#: The tokens that end an answer where a checkpoint names none, as transformers' configurations of these models have it.
+_ENDS = {"llama": 2, "mistral": 2}
 
 
 class TextGenerator(Model):
@@ -80,7 +82,7 @@ class TextGenerator(Model):
         self.pieces = sorted({min(size, self.length) for size in prefill})
         self.default_lengths = _spans(self.length)
         ends = read_file(self.folder, "generation_config.json", needed=False).get("eos_token_id")
-        ends = config.get("eos_token_id") if ends is None else ends
+        ends = config.get("eos_token_id", _ENDS.get(str(config.get("model_type")))) if ends is None else ends
         #: The tokens that end an answer.
         self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._dtype = dtype
@@ -89,6 +91,7 @@ class TextGenerator(Model):
         self.notes: list[str] = []
         self._template: Any = None
         self._most_characters = 0
+        self._special: dict[str, int] = {}
 
     def check_args(self, args: ModelArgs) -> None:
         """Raise ConfigError for what a model that generates cannot do."""
@@ -113,6 +116,8 @@ class TextGenerator(Model):
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self._most_characters = self.length * max(map(len, self.tokenizer.get_vocab()), default=1)
+        added = self.tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: index for index, token in added.items() if token.special}
         dtype = _DTYPES[self._dtype or ("bfloat16" if device.type == "cuda" else "float32")]
         with torch.device("meta"):
             decoder = Decoder(self.config).to(torch.float32 if self._quantize else dtype)
@@ -151,9 +156,13 @@ class TextGenerator(Model):
         found: Tokenizer = self._template.backend_tokenizer
         return found
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+    def special(self, texts: Sequence[str]) -> frozenset[int]:
+        """Return those of the tokenizer's special tokens that have one of these texts."""
+        return frozenset(self._special[text] for text in texts if text in self._special)
+
+    def encode(self, prompt: str | Sequence[int], field: str = "prompt") -> list[int]:
         """Return a prompt's tokens, with what the tokenizer puts around a text; BadRequest where they do not fit."""
-        return self._check(self._tokenize(prompt) if isinstance(prompt, str) else list(prompt))
+        return self._check(field, self._tokenize(field, prompt) if isinstance(prompt, str) else list(prompt))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the tokens of a chat by the tokenizer's own template; BadRequest where it has none, or refuses."""
@@ -167,26 +176,27 @@ class TextGenerator(Model):
             raise ModelFailed(f"the checkpoint's chat template is broken: {error}") from error
         except Exception as error:  # of Jinja, by which templates refuse, and of whatever they do with these messages
             raise BadRequest(f"messages: {error}") from error
-        return self._check(self._tokenize(text, add_special_tokens=False))
+        return self._check("messages", self._tokenize("messages", text, add_special_tokens=False))
 
-    def _tokenize(self, text: str, **how: bool) -> list[int]:
+    def _tokenize(self, field: str, text: str, **how: bool) -> list[int]:
         if len(text) > self._most_characters:  # it cannot fit, whatever its tokens are, and reading it takes long
-            raise BadRequest(f"the prompt has {len(text)} characters; fewer than {self.length} tokens are allowed")
+            raise BadRequest(f"{field}: {len(text)} characters; fewer than {self.length} tokens are allowed")
         try:
             text.encode()  # the tokenizer says only that it is no text
         except UnicodeEncodeError as error:
-            raise BadRequest(f"the prompt has half of a surrogate pair: {error}") from error
+            raise BadRequest(f"{field}: half of a surrogate pair: {error}") from error
         found: list[int] = self.tokenizer.encode(text, **how).ids
         return found
 
-    def _check(self, tokens: list[int]) -> list[int]:
+    def _check(self, field: str, tokens: list[int]) -> list[int]:
         vocabulary = self.config.vocabulary
         if not tokens:
-            raise BadRequest("the prompt has no tokens")
+            raise BadRequest(f"{field}: there are no tokens; at least one is needed")
         if len(tokens) >= self.length:
-            raise BadRequest(f"the prompt has {len(tokens)} tokens; fewer than {self.length} are allowed")
-        if not all(0 <= token < vocabulary for token in tokens):
-            raise BadRequest(f"the prompt has tokens that are not in the vocabulary (0 to {vocabulary - 1})")
+            raise BadRequest(f"{field}: {len(tokens)} tokens; fewer than {self.length} are allowed")
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise BadRequest(f"{field}: token {token} is not in the vocabulary (0 to {vocabulary - 1})")
         return tokens
 
 

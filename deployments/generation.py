@@ -98,6 +98,7 @@ class Slots:
         device: torch.device | str = "cpu",
         *,
         runs_ahead: bool = False,
+        clear: Callable[[int], None] = lambda slot: None,
     ) -> None:
         self._prefills = dict(sorted(prefills.items()))
         self._decode = decode
@@ -109,6 +110,8 @@ class Slots:
         self._latest = torch.zeros(slots, dtype=torch.int64, device=self._device)  # the last token of each slot
         self._unread: deque[tuple[Sequence[Generation], Picks]] = deque()
         self._free = list(range(slots))
+        self._clear = clear
+        self._unclear: set[int] = set()  # slots that may have what is no number
         self._arrived: deque[Generation] = deque()  # what other threads put in, one call at a time
         self._new: deque[Generation] = deque()
         self._filling: Generation | None = None
@@ -133,7 +136,10 @@ class Slots:
         self._sweep()
         if self._filling is None and self._free and self._new:
             self._filling = self._new.popleft()
-            self._filling.slot = self._free.pop(0)
+            self._filling.slot = slot = self._free.pop(0)
+            if slot in self._unclear:
+                self._clear(slot)
+                self._unclear.discard(slot)
         rows = [one for one in self._running if not one.is_full(one.picked, self.length)]  # the others' last is unread
         if self._filling is not None and not (self._owes_token and rows):
             # By itself, so that a first token is not held back by everybody's next one.
@@ -166,7 +172,7 @@ class Slots:
         self._new = deque(generation for generation in self._new if not generation.gone)
         for generation in [*self._running, *([self._filling] if self._filling else [])]:
             if generation.gone:
-                self._leave(generation)
+                self._leave(generation, is_sound=False)  # as far as is known
 
     def _take_in(self) -> None:
         while self._arrived:
@@ -270,6 +276,10 @@ class Slots:
 
     def _take(self, generation: Generation, picked: Picked) -> None:
         """Go on with a request's next token."""
+        if picked.token is None:
+            # Nor is anything else that comes of what the cache has of it.
+            self._end(generation, ModelFailed("the model's logits on this request are infinite, or no numbers"))
+            return
         generation.tokens.append(picked.token)
         if picked.token in generation.ends:
             self._end(generation, "stop")
@@ -279,15 +289,17 @@ class Slots:
             self._end(generation, "length")
 
     def _end(self, generation: Generation, why: str | Exception) -> None:
-        self._leave(generation)
+        self._leave(generation, is_sound=isinstance(why, str))
         self._events.append((generation, why))
 
-    def _leave(self, generation: Generation) -> None:
+    def _leave(self, generation: Generation, *, is_sound: bool) -> None:
         if generation is self._filling:
             self._filling = None
         if generation in self._running:
             self._running.remove(generation)
         if generation.slot >= 0:
+            if not is_sound:
+                self._unclear.add(generation.slot)
             self._free.append(generation.slot)
             self._free.sort()
             generation.slot = -1

@@ -52,7 +52,7 @@ def error_body(error: RequestError, status: int) -> dict[str, Any]:
         "error": {
             "message": str(error),
             "type": "invalid_request_error" if status < 500 else "server_error",
-            "param": named[1] if named and isinstance(error, BadRequest) else None,
+            "param": named[1] if named and isinstance(error, BadRequest | Unsupported) else None,
             "code": _CODES.get(type(error)),
         }
     }

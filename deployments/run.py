@@ -146,6 +146,7 @@ def _find_free(port: int) -> int | None:
 def main(arguments: list[str]) -> int:
     """Check the file and become `serve run`; return a status only where there is a mistake."""
     path, *rest = arguments or ["serve_config.yaml"]
+    given = dict(os.environ)  # checking may give this process folders of its own, which end with it
     if check([path]):
         return 1
     config = yaml.safe_load(Path(path).read_text())
@@ -153,14 +154,14 @@ def main(arguments: list[str]) -> int:
     program = Path(sys.executable).with_name("serve")
     environment = make_environment(
         options.get("port", 8000),
-        os.environ,
+        given,
         host=options.get("host", "0.0.0.0"),
         tls=bool(options.get("ssl_certfile")),
     )
     if SERVING in environment:  # Ray's own processes inherit it, and its workers
         os.setpriority(os.PRIO_PROCESS, 0, int(environment[SERVING]) + NICER)
     # A Ray of its own, also where one runs already: that has none of these settings.
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = given.get("RAY_ADDRESS") or "local"
     os.execve(program, [str(program), "run", "--address", address, path, *rest], environment)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -39,9 +40,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Picked:
-    """A token, its log-probability under the model's own distribution, and those of the likeliest, likeliest first."""
+    """A token, its log-probability under the model's own distribution, and those of the likeliest, likeliest first.
 
-    token: int
+    None is the token of logits that are no numbers, or infinite.
+    """
+
+    token: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -53,17 +57,15 @@ class Sampler:
     sampling: Sampling
     shifts: dict[int, float] = field(default_factory=dict)
     """What is added to the logits of tokens."""
-    _generator: torch.Generator = field(default_factory=torch.Generator)
     _taken: set[int] = field(default_factory=set)
     _where: tuple[torch.Tensor, torch.Tensor] | None = None
     _drawn: float | None = None
 
     def __post_init__(self) -> None:
         self.shifts.update(self.sampling.logit_bias)
-        if self.sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(self.sampling.seed)
+        # torch's generator takes 32 bits of a seed, and Python's no sign.
+        seed = self.sampling.seed
+        self._numbers = random.Random(None if seed is None else seed % 2**64)
 
     @property
     def looks_back(self) -> bool:
@@ -73,7 +75,7 @@ class Sampler:
     def draw(self) -> float:
         """Return the number from 0 to 1 that decides on the request's next token: the same until `go_on`."""
         if self._drawn is None:
-            self._drawn = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+            self._drawn = self._numbers.random()
         return self._drawn
 
     def go_on(self) -> None:
@@ -105,22 +107,24 @@ class Picks:
         self,
         samplers: Sequence[Sampler],
         tokens: torch.Tensor,
+        are_sound: torch.Tensor,
         telling: Mapping[int, int],
         told: Sequence[torch.Tensor],
     ) -> None:
-        #: Where the logits are. [R]
+        #: Where the logits are; some token also where those are not sound. [R]
         self.tokens = tokens
         self._samplers, self._telling = samplers, telling
-        self._arriving = ToHost([tokens, *told])
+        self._arriving = ToHost([tokens, are_sound, *told])
 
     def read(self) -> list[Picked]:
         """Return what was picked, once; waits for it, and has the samplers learn it."""
-        tokens, *told = (copy.tolist() for copy in self._arriving.wait())
+        tokens, are_sound, *told = (copy.tolist() for copy in self._arriving.wait())
         for sampler, token in zip(self._samplers, tokens, strict=True):
             sampler.take(token)
-        found = [Picked(token) for token in tokens]
+        found = [Picked(token if is_sound else None) for token, is_sound in zip(tokens, are_sound, strict=True)]
         for (row, count), own, likeliest, values in zip(self._telling.items(), *(told or ([], [], [])), strict=True):
-            found[row] = Picked(tokens[row], own, tuple(zip(likeliest[:count], values[:count], strict=True)))
+            top = tuple(zip(likeliest[:count], values[:count], strict=True))
+            found[row] = Picked(found[row].token, own, top)
         return found
 
 
@@ -146,7 +150,8 @@ def pick(samplers: Sequence[Sampler], logits: torch.Tensor) -> Picks:
         told = _tell(_rows(tokens, list(telling)), _rows(own, list(telling)), max(telling.values()))
     for sampler in samplers:
         sampler.go_on()
-    return Picks(samplers, tokens, telling, told)
+    # What some number of a row is not, its largest is not either.
+    return Picks(samplers, tokens, own.amax(-1).isfinite(), telling, told)
 
 
 def _rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -176,7 +181,7 @@ def _tell(tokens: torch.Tensor, logits: torch.Tensor, most: int) -> list[torch.T
 def _choose(how: Sequence[Sampling], logits: torch.Tensor, drawn: Sequence[float]) -> torch.Tensor:
     """Return the token of each row that its number falls on, however many are left. [R, V] -> [R]."""
     scaled, device = logits, logits.device
-    if any(one.temperature != 1 for one in how):
+    if scaled.is_cuda or any(one.temperature != 1 for one in how):  # on a GPU a neighbour's must not matter
         # From the likeliest, so that a temperature of next to nothing takes that one and no infinity.
         heat = to_device([max(one.temperature, _COLDEST) for one in how], logits.dtype, device).unsqueeze(-1)
         scaled = (logits - logits.amax(-1, keepdim=True)) / heat

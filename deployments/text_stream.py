@@ -27,6 +27,11 @@ class TextStream:
         self._given = 0
         self.is_stopped = False
 
+    @property
+    def length(self) -> int:
+        """The characters so far: those given out, and those that are held back because of a stop string."""
+        return self._given + len(self._held)
+
     def add(self, token: int) -> str:
         """Return the text that is certain with one token more; empty where there is none."""
         if self.is_stopped:
@@ -46,7 +51,7 @@ class TextStream:
                     raise
                 self._stream = None
         whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        return "" if whole.endswith("\ufffd") else whole[self._given + len(self._held) :]
+        return "" if whole.endswith("\ufffd") else whole[self.length :]
 
     def end(self) -> str:
         """Return what was held back, when no token follows."""

@@ -45,26 +45,30 @@ def race_apart(
     with Scratch("race") as folder:
         pack(folder, job, reference, names)
         while waiting and budget_s > 0:
-            running = _Racing(folder, waiting, buckets, budget_s)
-            turn = None
-            for event in running.events():
-                standing.take(event)
-                tell(event)
-                turn = event if isinstance(event, str) else turn
-                name = event.engine if isinstance(event, Refusal) else event
-                if name in waiting:  # it has its turn, or is said to get none
-                    waiting.remove(name)
-            budget_s = running.left_s
-            standing.stretch = max(standing.stretch, running.stretch)
-            if running.finished:
-                return standing
-            stage = "budget" if running.had_no_time else "build"
+            turn, stage = None, "build"
+            try:
+                running = _Racing(folder, waiting, buckets, budget_s)
+            except OSError as error:  # there can be no more processes, or files
+                end = f"could not be started ({error.strerror})"
+            else:
+                for event in running.events():
+                    standing.take(event)
+                    tell(event)
+                    turn = event if isinstance(event, str) else turn
+                    name = event.engine if isinstance(event, Refusal) else event
+                    if name in waiting:  # it has its turn, or is said to get none
+                        waiting.remove(name)
+                budget_s = running.left_s
+                standing.stretch = max(standing.stretch, running.stretch)
+                if running.finished:
+                    return standing
+                end, stage = running.end, "budget" if running.had_no_time else "build"
             if turn is not None:
-                lost = [Refusal(turn, stage, None, None, f"its process {running.end}")]
+                lost = [Refusal(turn, stage, None, None, f"its process {end}")]
             elif len(waiting) == len(names):
-                raise NotCarried(f"the process that was to hold the race {running.end}")
+                raise NotCarried(f"the process that was to hold the race {end}")
             else:  # not in this process either: here they would be raced that have ended a process before
-                message = f"not tried: the process that was to go on with the race {running.end}"
+                message = f"not tried: the process that was to go on with the race {end}"
                 lost = [Refusal(name, stage, None, None, message) for name in waiting]
                 waiting = []
             for refusal in lost:

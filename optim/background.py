@@ -232,9 +232,15 @@ class Background:
             _, beside = start.start_warm(plan, path, timed=False)
         finally:
             self._hand_over(kept_back, plan, scratch)
-        if beside is not None:
+        if beside is None:
+            self._between_runs(self._have_no_streams)
+        else:
             costs = {bucket: ms * self._scale(plan, bucket) for bucket, ms in beside.costs.items()}
             self._between_runs(lambda: self._model.add_streams(beside.lanes, costs, beside.count, beside.threads))
+
+    def _have_no_streams(self) -> None:
+        for row in self._model.report.buckets:
+            row.stream_ms = row.stream_gain = None
 
     def _hand_over(self, lanes: Mapping[Bucket, Lane], plan: Plan, scratch: CompileReport) -> None:
         rows = {row.bucket: row for row in self._model.report.buckets}

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -107,7 +108,7 @@ class Child:
     """A process that runs `python -m <module> <folder> <pipe>`, and ends with this one; `end` says how it ended.
 
     `nicer` is by how much its priority is lower. The lines that it writes into the pipe are what it has to tell; the
-    first of them has to be `ready`.
+    first of them has to be `ready`. OSError where no process can be started.
     """
 
     def __init__(self, module: str, folder: Path, nicer: int = 0) -> None:
@@ -118,24 +119,29 @@ class Child:
         self.is_ready = False
         """Whether it has said that it is."""
         self._log = folder / "stderr"
-        read, write = os.pipe()
-        # The same import paths as here, and not this process's __main__.
+        # The same import paths as here (-P: and not the working directory before them), and not this __main__.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         threads = str(torch.get_num_threads())
         env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", module, str(folder), str(write)],
-                stdin=subprocess.PIPE,  # its end tells the child that this process is gone
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                pass_fds=[write],
-                env=env,
-                # Compilers that it starts are ended with it. Not a session of its own: Linux gives each session the
-                # same share of the cores, however nice its processes are (autogroups, sched(7)).
-                process_group=0,
-            )
-        os.close(write)
+            read, write = os.pipe()
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-W", "ignore", "-m", module, str(folder), str(write)],
+                    stdin=subprocess.PIPE,  # its end tells the child that this process is gone
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    pass_fds=[write],
+                    env=env,
+                    # Compilers that it starts are ended with it. Not a session of its own: Linux gives each session
+                    # the same share of the cores, however nice its processes are (autogroups, sched(7)).
+                    process_group=0,
+                )
+            except OSError:
+                os.close(read)
+                raise
+            finally:
+                os.close(write)
         if nicer:
             with suppress(ProcessLookupError):  # it has ended, which will be seen
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + nicer)
@@ -161,9 +167,11 @@ class Child:
 
         It has to be ready within `start_s`. What it waits for a core does not count (see `Budget`).
         """
+        told = select.poll()  # not select(2), which knows no descriptor from 1024 on: each caller has one
+        told.register(self._pipe, select.POLLIN)
 
         def has_data(wait_s: float | None) -> bool:
-            return bool(select.select([self._pipe], [], [], wait_s)[0])
+            return bool(told.poll(None if wait_s is None else math.ceil(wait_s * 1000)))
 
         pending = b""
         self._budget = Budget(start_s, self.pid)
@@ -212,8 +220,12 @@ def be_a_child(work: Callable[[Path, IO[bytes]], None]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder, descriptor = sys.argv[1:3]
     with os.fdopen(int(descriptor), "wb", buffering=0) as pipe:
-        work(Path(folder), pipe)
-        # What a compiler left running must not keep the process from ending.
+        # What a compiler left running must not keep the process from ending, however the work ended.
+        try:
+            work(Path(folder), pipe)
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)
 
 

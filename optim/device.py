@@ -102,33 +102,48 @@ def inspect_device(device: torch.device) -> DeviceInfo:
     return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
 
 
+_INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+
+
 @cache
 def ensure_cache_folder() -> str | None:
     """See to it, once a process, that Inductor's cache is this user's; return what was done, if something had to be.
 
     It runs what it finds there, and from torch 2.13 on, Dynamo cannot even be imported where it cannot write. In both
-    cases this process, and those that it starts, use a folder of their own for as long as they live.
+    cases this process, and those that it starts, use a folder that is theirs. Call before anything imports Dynamo.
     """
-    key = "TORCHINDUCTOR_CACHE_DIR"
-    asked = os.environ.get(key)
-    # Anybody can put a link where the default is.
+    asked = os.environ.get(_INDUCTOR_FOLDER)
     default = Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}"
+    # Anybody can put a link where the default is.
     folder = Path(asked).resolve() if asked else default
+    why = _why_not(folder)
+    if why is None:
+        if asked is not None:
+            os.environ[_INDUCTOR_FOLDER] = str(folder)  # what was looked at, wherever a link will lead to
+        return None
+    # Not of this process alone: beside a torch that has made its own for a group, the next start is to find it, too.
+    own = Path(tempfile.gettempdir()) / f"pt2-inductor-{os.getuid()}"
+    if _why_not(own) is not None:
+        scratch = Scratch("inductor")
+        atexit.register(scratch.remove)  # which keeps it until then
+        own = scratch.path
+    os.environ[_INDUCTOR_FOLDER] = str(own)
+    note = f"Inductor's cache folder {why}; {own} is used instead"
+    logger.warning(note)
+    return note
+
+
+def _why_not(folder: Path) -> str | None:
+    """Make a folder for Inductor's cache; return why it cannot be used, if so."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_private(folder)
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        why = f"{folder} cannot be written ({error.strerror})"
+        return f"{folder} cannot be written ({error.strerror})"
     except NotPrivate as error:
-        why = str(error)
-    scratch = Scratch("inductor")
-    atexit.register(scratch.remove)  # which keeps it until then
-    own = os.environ[key] = str(scratch.path)
-    note = f"Inductor's cache folder {why}; {own} is used instead"
-    logger.warning(note)
-    return note
+        return str(error)
 
 
 def _user_name() -> str:

@@ -19,4 +19,4 @@ def require_private(path: Path) -> None:
     if found.st_uid != os.getuid():
         raise NotPrivate(f"{path} belongs to user {found.st_uid}, not to {os.getuid()}")
     if found.st_mode & 0o022:
-        raise NotPrivate(f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); use 700")
+        raise NotPrivate(f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); remove it")

@@ -74,12 +74,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "hot"}, "temperature: 'hot' is not a number from 0 to 2"),
     ({"temperature": 10**400}, "temperature: 10+ is not a number from 0 to 2"),
     ({"top_p": 0}, "top_p: 0 is not a number above 0, up to 1"),
-    ({"top_k": -1}, "top_k: -1 is not a whole number from 0"),
+    ({"top_k": -2}, "top_k: -2 is not a whole number from -1"),
     ({"seed": 2**63}, "seed: 9223372036854775808 is not a whole number from"),
     ({"logprobs": 6}, "logprobs: 6 is not a whole number from 0 to 5"),
     ({"stop": ""}, "stop: ''"),
-    ({"stop": ["a"] * 5}, "stop: .* up to 4"),
+    ({"stop": ["a"] * 17}, "stop: .* up to 16"),
     ({"stop": [""]}, "stop: "),
+    ({"stop": 0}, "stop: 0 is not a text"),
+    ({"stop": {}}, "stop: {} is not a text"),
     ({"n": 0}, "n: 0 is not a whole number from 1 to 128"),
     ({"n": 129}, "n: 129 is not a whole number from 1 to 128"),
     ({"presence_penalty": 2.1}, "presence_penalty: 2.1 is not a number from -2 to 2"),
@@ -91,7 +93,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"\u0665": 1}}, "logit_bias: "),
     ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias: .* at most 1024"),
     ({"stream": "yes"}, "stream: 'yes' is not true or false"),
-    ({"stream_options": {}}, "stream_options: an object is needed, and `stream` true"),
+    ({"stream_options": {}}, "stream_options: {} is not an object, or `stream` is not true"),
+    ({"stream": True, "stream_options": []}, r"stream_options: \[\] is not an object"),
+    ({"stream": True, "stream_options": {"include_usage": "false"}}, "stream_options: .* include_usage, true or false"),
+    ({"stream": True, "stream_options": {"surprise": 1}}, "stream_options: .* has more than include_usage"),
+    ({"ignore_eos": 1}, "ignore_eos: 1 is not true or false"),
     ({"beams": 4}, "beams: unknown here; allowed are prompt, "),
 ]
 
@@ -107,8 +113,9 @@ def test_a_wrong_field_is_named_with_what_is_allowed(change: dict[str, Any], mes
     [
         ({"messages": None}, "messages: a list with at least one message"),
         ({"messages": [{"content": "x"}]}, r"messages\[0\]: an object with a role"),
-        ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]\.content: a text"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"messages\[0\]\.content: a text"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]\.content: 5 is not a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"messages\[0\]\.content: .* not a text"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, r"messages\[0\]\.name: 5 is not a text"),
         ({"top_logprobs": 3}, "top_logprobs: 3 needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: 21 is not a whole number from 0 to 20"),
         ({"prompt": "x"}, "prompt: unknown here"),
@@ -123,6 +130,21 @@ def test_a_wrong_field_of_a_chat_is_named(change: dict[str, Any], message: str) 
 def test_what_openai_has_and_this_server_has_not_is_said(change: dict[str, Any]) -> None:
     with pytest.raises(Unsupported, match=f"{next(iter(change))}: .* is not served; leave it out"):
         read_completion({**ASKED, **change})
+
+
+def test_what_changes_nothing_is_taken() -> None:
+    wanted = read_completion({**ASKED, "top_k": -1, "parallel_tool_calls": True, "prompt_cache_retention": "24h"})
+    assert wanted == read_completion(ASKED)
+    options = {"include_usage": True, "include_obfuscation": False}
+    assert read_completion({**ASKED, "stream": True, "stream_options": options}).with_usage
+
+
+def test_a_name_goes_to_the_template_and_a_tool_is_not_served() -> None:
+    message = {"role": "user", "content": "x", "name": "Bob", "type": "text"}  # the last by lm-evaluation-harness
+    assert read_chat({**CHAT, "messages": [message]}).messages == [{"role": "user", "content": "x", "name": "Bob"}]
+    calls: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    with pytest.raises(Unsupported, match=r"messages\[0\]\.tool_calls: .* is not served"):
+        read_chat({**CHAT, "messages": [calls]})
 
 
 def test_images_in_a_chat_are_not_served() -> None:

@@ -142,7 +142,7 @@ def test_several_prompts_are_answered_in_their_order(client: openai.OpenAI) -> N
 
 
 def test_a_prompt_may_have_several_answers_each_with_a_seed_of_its_own(client: openai.OpenAI) -> None:
-    how: dict[str, Any] = {"model": NAME, "max_tokens": 8}
+    how: dict[str, Any] = {"model": NAME, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
     alone = [client.completions.create(**how, prompt="hello", seed=seed).choices[0].text for seed in (5, 6, 7)]
     reply = client.completions.create(**how, prompt=["hello", "world"], seed=5, n=3)
     assert [choice.index for choice in reply.choices] == list(range(6))
@@ -203,6 +203,39 @@ def test_an_end_token_ends_the_answer(folder: Path, model: Any) -> None:
     assert reply["usage"]["completion_tokens"] == expected.index(expected[3])
 
 
+def test_a_special_token_may_be_a_stop_string(client: openai.OpenAI) -> None:
+    """As the end of a turn is one in some checkpoints; it is in no text."""
+    how: dict[str, Any] = {"model": NAME, "prompt": "hello", "max_tokens": 5, "logit_bias": {"0": 100}}
+    for stop, finish, tokens in ((None, "length", 5), (["never so", "<s>"], "stop", 0)):
+        found = client.completions.create(**how, stop=stop)
+        assert found.usage and found.usage.completion_tokens == tokens
+        assert (found.choices[0].text, found.choices[0].finish_reason) == ("", finish)
+
+
+def test_an_end_token_may_be_ignored(client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": NAME, "prompt": "hello", "max_tokens": 5, "logit_bias": {"1": 100}, "logprobs": 2}
+    (found,) = client.completions.create(**how).choices
+    assert (found.finish_reason, found.logprobs and found.logprobs.tokens) == ("stop", [])
+    (found,) = client.completions.create(**how, extra_body={"ignore_eos": True}).choices
+    assert (found.finish_reason, found.logprobs and found.logprobs.tokens) == ("length", ["</s>"] * 5)
+
+
+def test_the_token_that_was_drawn_is_among_the_likeliest_and_where_its_text_begins(client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": NAME, "prompt": "hello", "max_tokens": 60, "temperature": 2, "seed": 3}
+    (found,) = client.completions.create(**how, logprobs=1).choices
+    told = found.logprobs
+    assert told and told.tokens and told.top_logprobs and told.token_logprobs and told.text_offset
+    assert {len(top) for top in told.top_logprobs} == {1, 2}, "else this shows nothing"
+    for token, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert top[token] == value
+    for token, offset in zip(told.tokens, told.text_offset, strict=True):
+        if "\ufffd" not in token and token not in ("<s>", "</s>"):
+            assert found.text[offset : offset + len(token)] == token
+    events = list(client.completions.create(**how, logprobs=1, stream=True))
+    streamed = [e.choices[0].logprobs for e in events if e.choices[0].logprobs]
+    assert [offset for one in streamed for offset in one.text_offset or []] == told.text_offset
+
+
 def test_log_probabilities_come_with_each_token(client: openai.OpenAI) -> None:
     how: dict[str, Any] = {"model": NAME, "max_tokens": 6, "temperature": 0}
     logprobs = client.completions.create(prompt="hello", logprobs=3, **how).choices[0].logprobs
@@ -225,8 +258,9 @@ def test_log_probabilities_come_with_each_token(client: openai.OpenAI) -> None:
     [
         ("/v1/completions", {"model": NAME, "prompt": "x", "max_tokens": 0}, 400, "max_tokens: 0 is not"),
         ("/v1/completions", {"model": NAME, "prompt": [300]}, 400, "not in the vocabulary (0 to 299)"),
-        ("/v1/completions", {"model": NAME, "prompt": [5] * 600}, 400, "the prompt has 600 tokens; fewer than 512"),
-        ("/v1/completions", {"model": NAME, "prompt": "x" * 100_000}, 400, "the prompt has 100000 characters"),
+        ("/v1/completions", {"model": NAME, "prompt": [5] * 600}, 400, "prompt: 600 tokens; fewer than 512"),
+        ("/v1/completions", {"model": NAME, "prompt": [[5], [300]]}, 400, "prompt[1]: token 300 is not in the voc"),
+        ("/v1/completions", {"model": NAME, "prompt": "x" * 100_000}, 400, "prompt: 100000 characters"),
         ("/v1/completions", {"model": NAME, "prompt": "\ud800"}, 400, "half of a surrogate pair"),
         ("/v1/completions", {"model": "other", "prompt": "x"}, 404, "Model not found: other"),
         ("/v1/completions", {"prompt": "x"}, 400, "model: the name of a model is needed"),

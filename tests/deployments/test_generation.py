@@ -10,6 +10,8 @@ import torch
 
 from deployments.args import ModelArgs
 from deployments.compile import compile_generator, slots_of
+from deployments.decoder import DecodeOne
+from deployments.decoder_functions import make_slots as make_real_slots
 from deployments.errors import ModelFailed
 from deployments.generate import TextGenerator
 from deployments.generation import Generation, Slots, Step
@@ -321,6 +323,32 @@ def test_greedy_answers_are_those_of_transformers_alone_and_in_any_mix(tmp_path:
                 mixing.step()
         finish(mixing)
         assert [[t for t in g.tokens if t not in generator.ends] for g in mixed] == expected
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_what_is_no_number_stays_with_its_request(tmp_path: Path, runs_ahead: bool, leaves: bool) -> None:
+    """As float16 makes of a prompt that it is too small for; the next request finds nothing of it in the slot."""
+    model = make_checkpoint(tmp_path, "qwen2")
+    generator, args = load(tmp_path, batch_sizes=[1])
+    models = compile_generator(generator, args, "cpu", 1)
+    decode = models["decode"].module
+    assert isinstance(decode, DecodeOne)
+    with torch.no_grad():
+        decode.decoder.embedding.weight[7] = torch.nan
+    slots = make_real_slots(models, 1, (64, 256), (8, 32), "cpu")
+    slots._runs_ahead = runs_ahead
+    bad = ask(slots, [3, 7, *[4] * 45], 5)
+    good = ask(slots, [5, 6], 5, ends=generator.ends)
+    if leaves:  # before all of its prompt is in the cache
+        slots.step()
+        assert 0 < bad.done < len(bad.prompt)
+        bad.gone = True
+    steps = finish(slots)
+    assert [t for t in good.tokens if t not in generator.ends] == greedy(model, [5, 6], 5)
+    if not leaves:
+        assert isinstance(ends(steps)[id(bad)], ModelFailed)
+        assert not bad.tokens
 
 
 def test_compiled_answers_are_the_same_and_nothing_compiles_while_serving(tmp_path: Path) -> None:

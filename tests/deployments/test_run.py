@@ -14,6 +14,7 @@ from deployments import run
 from deployments.priority import SERVING
 from deployments.run import main, make_environment
 
+CONFIG = str(Path(__file__).parents[2] / "serve_config.yaml")
 SCRIPT = Path(__file__).parents[2] / "deployments" / "haproxy.sh"
 
 
@@ -158,12 +159,30 @@ def test_ray_is_its_own_unless_told_otherwise(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if asked is not None:
         monkeypatch.setenv("RAY_ADDRESS", asked)
-    started: list[list[str]] = []
-    monkeypatch.setattr("os.execve", lambda program, arguments, environment: started.append(arguments[1:]))
+    ((arguments, _),) = _start(monkeypatch, "--non-blocking")
+    assert arguments == ["run", "--address", expected, CONFIG, "--non-blocking"]
+
+
+def test_a_folder_that_checking_was_given_is_not_handed_on(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with the process that has checked: replicas find out by themselves, and say so."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
+
+    def check(paths: list[str]) -> int:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = "/of/this/process"
+        return 0
+
+    monkeypatch.setattr(run, "check", check)
+    ((_, environment),) = _start(monkeypatch)
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"
+
+
+def _start(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[tuple[list[str], dict[str, str]]]:
+    """Return what would be executed: arguments and environment."""
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr("os.execve", lambda program, arguments, env: started.append((arguments[1:], env)))
     monkeypatch.setattr("os.setpriority", lambda which, who, priority: None)
-    path = str(SCRIPT.parents[1] / "serve_config.yaml")
-    main([path, "--non-blocking"])
-    assert started == [["run", "--address", expected, path, "--non-blocking"]]
+    main([CONFIG, *more])
+    return started
 
 
 def test_a_mistake_ends_it_before_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from deployments.sampling import Sampler, Sampling, _choose, pick
 
 def draw(logits: torch.Tensor, count: int, **how: Any) -> list[int]:
     sampler = Sampler(Sampling(**how))
-    return [pick([sampler], logits.unsqueeze(0)).read()[0].token for _ in range(count)]
+    found = [pick([sampler], logits.unsqueeze(0)).read()[0].token for _ in range(count)]
+    return [token for token in found if token is not None]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,22 @@ def test_what_leaves_nothing_else_takes_the_likeliest(how: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("how", [{}, {"top_p": 0.5}, {"top_k": 2}, {"temperature": 0}])
-def test_logits_that_are_no_numbers_give_some_token(how: dict[str, Any]) -> None:
-    assert draw(torch.full((4,), torch.nan), 1, **how)[0] in range(4)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_give_none(how: dict[str, Any], bad: float) -> None:
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = bad
+    logits[2, 2] = -torch.inf  # a token that cannot be
+    picks = pick([Sampler(Sampling(**how)) for _ in range(3)], logits)
+    assert all(token in range(4) for token in picks.tokens.tolist()), "a model may be given it before it is read"
+    assert [picked.token is None for picked in picks.read()] == [False, True, False]
+
+
+def test_seeds_that_differ_draw_differently() -> None:
+    logits = torch.zeros(1000)
+    seeds = (1, -1, 2**32 + 1, 2**63 - 1, -(2**63), 0)
+    assert len({tuple(draw(logits, 8, seed=seed)) for seed in seeds}) == len(seeds)
+    assert draw(logits, 8, seed=2**63 - 1) == draw(logits, 8, seed=2**63 - 1)
+    assert len({tuple(draw(logits, 8)) for _ in range(3)}) == 3
 
 
 def test_each_of_many_rows_is_picked_as_it_is_alone() -> None:

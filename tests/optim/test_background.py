@@ -142,6 +142,22 @@ def test_streams_come_last() -> None:
 
 
 @pytest.mark.any_torch
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+def test_streams_that_there_is_no_memory_for_have_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr("optim.streams.is_room_for", lambda size: False)  # the other process has it
+    try:
+        model = build("onnxruntime", streams=2)
+        call_until_done(model)
+    finally:
+        torch.set_num_threads(before)
+    assert (model.report.background, model.streams) == ("done", None)
+    assert any("one run at a time, though the plan has 2" in note for note in model.report.notes)
+    assert not any(row.stream_ms or row.stream_gain for row in model.report.buckets)
+
+
+@pytest.mark.any_torch
 def test_it_does_not_wait_for_a_process_that_compiles_the_same() -> None:
     call_until_done(build())
     (entry,) = entries()

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import gc
 import logging
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -194,6 +197,75 @@ def test_what_was_raced_in_this_process_is_built_after_the_race_has_no_time_left
     model = compile_model(module, models.features, race("pt2test_faithful"), batch_sizes=sizes, device="cpu")
     assert [budget.left_s <= 0 for budget in held] == [True]
     assert model.report.engines() == {str(size): "pt2test_faithful" for size in sizes}, model.report.all_refusals()
+
+
+@pytest.mark.any_torch
+@pytest.mark.parametrize("first", [0, 1])
+def test_where_a_process_cannot_be_started(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """As at a container's limit of processes: the first one, or the one after an engine's crash."""
+    start, started = subprocess.Popen, list[bool]()
+
+    def fail(*args: Any, **more: Any) -> Any:
+        started.append(len(started) < first)
+        if not started[-1]:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(*args, **more)
+
+    monkeypatch.setattr("optim.child.subprocess.Popen", fail)
+    module, descriptors = models.Mlp().eval(), len(os.listdir("/proc/self/fd"))
+    section = race(*["pt2test_crashes"][:first], "pt2test_faithful")
+    model = compile_model(module, models.features, section, batch_sizes=(1,), device="cpu")
+    why = "could not be started (Resource temporarily unavailable)"
+    if first == 0:
+        assert f"the race was held in this process: the process that was to hold the race {why}" in model.report.notes
+        assert model.report.engines() == {"1": "pt2test_faithful"}
+    else:
+        refusals = {r.engine: r.message for r in model.report.refusals}
+        assert refusals["pt2test_faithful"] == f"not tried: the process that was to go on with the race {why}"
+    assert started == [*[True] * first, False]
+    equal_to_eager(model, module)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+@pytest.mark.any_torch
+def test_a_process_with_many_open_files() -> None:
+    """A replica has one for each caller; from 1024 on select(2) knows none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"a process may have {hard} open files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        section = race("pt2test_slow", "pt2test_faithful")
+        model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1,), device="cpu")
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert model.report.engines() == {"1": "pt2test_faithful"}, model.report.all_refusals()
+    assert not [note for note in model.report.notes if "in this process" in note]
+
+
+@pytest.mark.any_torch
+def test_what_lies_in_the_working_directory_is_not_imported(tmp_path: Path) -> None:
+    program, elsewhere = tmp_path / "program" / "main.py", tmp_path / "elsewhere"
+    program.parent.mkdir()
+    program.write_text(
+        """
+import torch
+from optim import compile_model
+from tests.support import models
+section = {"tune": {"engines": ["channels_last"]}, "compile": {"only_if_faster": False}}
+model = compile_model(models.SmallCnn(), models.images, section, batch_sizes=(1,), device="cpu")
+assert model.report.engines() == {"1": "channels_last"}, model.report
+assert not [note for note in model.report.notes if "in this process" in note], model.report.notes
+"""
+    )
+    (elsewhere / "optim").mkdir(parents=True)
+    (elsewhere / "optim" / "__init__.py").write_text("raise ImportError('not this one')")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-W", "ignore", program], check=True, cwd=elsewhere, env=environment)
 
 
 @pytest.mark.any_torch

@@ -240,6 +240,7 @@ def test_torchscript_is_served_by_what_takes_it(backend: str) -> None:
 @pytest.mark.skipif(not CPU["cxx"].available, reason=CPU["cxx"].detail)
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
+    (tmp_path / f"pt2-inductor-{os.getuid()}").write_text("no folder either")
     script = """
 import torch
 from optim import compile_model
@@ -251,7 +252,8 @@ assert model.report.engines() == {"2": "inductor"}, model.report
 assert any("cannot be written (Not a directory)" in note for note in model.report.notes), model.report.notes
 torch.testing.assert_close(model(*models.features(3)), module(*models.features(3)))
 """
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    folders = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, **folders}
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, env=environment)
 
 
@@ -272,7 +274,7 @@ model = compile_model(models.Mlp().eval(), models.features, section, batch_sizes
 assert model.report.engines() == {"2": "inductor"}, model.report
 assert any("can be written by others (mode 777)" in note for note in model.report.notes), model.report.notes
 assert Path(model.report.cache).is_dir(), "what was compiled elsewhere is kept all the same"
-ours = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+ours = Path(os.environ["TMPDIR"]) / f"pt2-inductor-{os.getuid()}"
 assert list(ours.rglob("*.so")) and list(ours.glob("precompiled_headers/*.gch")), list(ours.rglob("*"))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
