@@ -126,7 +126,6 @@ class ModelArgs:
         if "model" not in args:
             raise ConfigError("args.model", None, "name the model as package.module:Class")
         rest = {key: value for key, value in args.items() if key != "pt2"}
-        ensure_cache_folder()  # what a model's module imports may import Dynamo
         # The model's module is imported before pt2 is read, since it may register a torch.compile backend.
         model_class = find_model(args["model"])
         parsed = read_section("args", rest, cls, given={"pt2": lambda: Pt2Config.parse(args.get("pt2"))})
@@ -196,6 +195,7 @@ def find_model(path: Any) -> type[Model]:
     if not isinstance(path, str) or not re.fullmatch(r"[\w.]+:\w+", path):
         raise ConfigError("args.model", path, "use package.module:Class")
     module_name, _, class_name = path.partition(":")
+    ensure_cache_folder()  # the module may import Dynamo
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is imported

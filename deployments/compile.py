@@ -13,7 +13,7 @@ from deployments.generate import TextGenerator
 from deployments.generation import Slots
 from deployments.servable import Model, Servable
 from optim import CompiledModel, Pt2Config, compile_model
-from optim.device import ensure_cache_folder, pick_device, set_threads
+from optim.device import pick_device, set_threads
 from optim.share import Share
 
 #: Seconds that the race of one function of a decoder may take, where nothing is configured.
@@ -24,7 +24,6 @@ def compile_servable(
     servable: Servable, args: ModelArgs, device: str, threads: int, shares: Sequence[Share] = ()
 ) -> CompiledModel:
     """Load a servable's module and compile it for the calling thread, as `args` say; `shares` may have its plan."""
-    ensure_cache_folder()
     set_threads(threads)
     return compile_model(
         servable.load(),
@@ -43,7 +42,6 @@ def compile_generator(
     generator: TextGenerator, args: ModelArgs, device: str, threads: int, shares: Sequence[Share] = ()
 ) -> dict[str, CompiledModel]:
     """Load a generator's decoder and compile its functions, by name; as `compile_servable`."""
-    ensure_cache_folder()
     set_threads(threads)
     batching, spans = args.batching, sorted(args.batching.lengths or ())
     decoder = generator.load(pick_device(device), max(batching.batch_sizes))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from deployments.completions import TextRequest
 from deployments.generation_service import Answers, GenerationService, Piece
 from deployments.sampling import Picked
+from deployments.text_stream import TextStream
 
 Json = dict[str, Any]
+Span = tuple[int, int]
 #: What stands for a probability of 0, whose logarithm JSON cannot carry; OpenAI's own.
 _IMPOSSIBLE = -9999.0
 
@@ -41,7 +43,7 @@ class Reply(ABC):
             yield self._write(1, [choice], **usage)
         async with aclosing(answers.pieces(deadline)) as pieces:
             async for piece in pieces:
-                logprobs = self._write_logprobs([piece]) if piece.picked else None
+                logprobs = self._write_logprobs([piece]) if piece.picked or piece.prompt else None
                 if piece.text or piece.finish or logprobs:
                     yield self._write(1, [self._change(piece, logprobs)], **usage)
         if self.wanted.with_usage:
@@ -55,7 +57,7 @@ class Reply(ABC):
                 by_index.setdefault(piece.index, []).append(piece)
         choices = []
         for index, found in sorted(by_index.items()):
-            choice = self._choice("".join(piece.text for piece in found))
+            choice = self._choice(index, "".join(piece.text for piece in found))
             logprobs = self._write_logprobs(found)
             choices.append({"index": index, **choice, "logprobs": logprobs, "finish_reason": found[-1].finish})
         return self._write(0, choices, usage=_usage(answers))
@@ -72,21 +74,20 @@ class Reply(ABC):
         """Return a choice of an event."""
 
     @abstractmethod
-    def _choice(self, text: str) -> Json:
+    def _choice(self, index: int, text: str) -> Json:
         """Return what a choice of a whole reply has of its own."""
 
     @abstractmethod
-    def _logprobs(self, picked: Sequence[Picked], spans: Sequence[tuple[int, int]]) -> Json:
-        """Return the log-probabilities of some tokens; spans are those of their pieces."""
+    def _logprobs(self, told: Sequence[tuple[Picked, Span]]) -> Json:
+        """Return the log-probabilities of some tokens, each with the characters there were before it and after."""
 
     def _write_logprobs(self, pieces: Sequence[Piece]) -> Json | None:
-        if not self._tells_tokens:
-            return None
-        told = [(piece.picked, piece.span) for piece in pieces if piece.picked]
-        return self._logprobs([picked for picked, _ in told], [span for _, span in told])
+        return self._logprobs([one for piece in pieces for one in self._told(piece)]) if self._tells_tokens else None
 
-    def _text_of(self, token: int | None) -> str:
-        assert token is not None
+    def _told(self, piece: Piece) -> Sequence[tuple[Picked, Span]]:
+        return [(piece.picked, piece.span)] if piece.picked else []
+
+    def _text_of(self, token: int) -> str:
         # Behind another one: many decoders strip the space at the beginning of a text.
         return self._tokenizer.decode([*self._anchor, token], skip_special_tokens=False)[self._anchor_length :]
 
@@ -97,20 +98,50 @@ class CompletionReply(Reply):
     kind = "cmpl"
     objects = ("text_completion", "text_completion")
 
+    def __init__(self, service: GenerationService, wanted: TextRequest) -> None:
+        super().__init__(service, wanted)
+        #: What each answer begins with.
+        self._echoes = [""] * len(wanted.prompts) * wanted.choices
+        if wanted.echo:
+            self._echoes = [text for prompt in wanted.prompts for text in [self._text(prompt)] * wanted.choices]
+
+    def _text(self, prompt: str | Sequence[int]) -> str:
+        return prompt if isinstance(prompt, str) else str(self._tokenizer.decode(prompt, skip_special_tokens=True))
+
+    def _opening(self) -> Sequence[Json]:
+        if not self.wanted.echo or self._tells_tokens:  # else it comes with how it scores
+            return ()
+        return [self._change(Piece(index, text), None) for index, text in enumerate(self._echoes)]
+
     def _change(self, piece: Piece, logprobs: Json | None) -> Json:
-        return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
+        text = self._echoes[piece.index] if piece.prompt else piece.text
+        return {"index": piece.index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish}
 
-    def _choice(self, text: str) -> Json:
-        return {"text": text}
+    def _choice(self, index: int, text: str) -> Json:
+        return {"text": self._echoes[index] + text}
 
-    def _logprobs(self, picked: Sequence[Picked], spans: Sequence[tuple[int, int]]) -> Json:
-        texts = [self._text_of(one.token) for one in picked]
+    def _told(self, piece: Piece) -> Sequence[tuple[Picked, Span]]:
+        if piece.prompt:
+            return list(zip(piece.prompt, self._spans(piece.prompt), strict=True))
+        ahead = len(self._echoes[piece.index])
+        return [(picked, (ahead + before, ahead + after)) for picked, (before, after) in super()._told(piece)]
+
+    def _spans(self, tokens: Sequence[Picked]) -> Iterator[Span]:
+        stream = TextStream(self._tokenizer)
+        for one in tokens:
+            before = stream.length
+            stream.add(one.token)
+            yield before, stream.length
+
+    def _logprobs(self, told: Sequence[tuple[Picked, Span]]) -> Json:
+        texts = [self._text_of(one.token) for one, _ in told]
         return {
             "tokens": texts,
-            "token_logprobs": [_write_logprob(one.logprob) for one in picked],
-            "top_logprobs": [self._write_top(one) for one in picked],
+            # Of a prompt's first token there is nothing to say.
+            "token_logprobs": [None if one.logprob is None else _write_logprob(one.logprob) for one, _ in told],
+            "top_logprobs": [None if one.logprob is None else self._write_top(one) for one, _ in told],
             # Bytes that turn out to be no character come into the text with the token behind them.
-            "text_offset": [max(before, after - len(text)) for text, (before, after) in zip(texts, spans, strict=True)],
+            "text_offset": [max(span[0], span[1] - len(text)) for text, (_, span) in zip(texts, told, strict=True)],
         }
 
     def _write_top(self, picked: Picked) -> dict[str, float]:
@@ -118,7 +149,8 @@ class CompletionReply(Reply):
         for token, logprob in picked.top:  # parts of characters all read alike: the likeliest stays
             found.setdefault(self._text_of(token), _write_logprob(logprob))
         # The token itself always, so that there may be one more than were asked for, as OpenAI has it.
-        return {**found, self._text_of(picked.token): _write_logprob(picked.logprob)}
+        found.setdefault(self._text_of(picked.token), _write_logprob(picked.logprob))
+        return found
 
 
 class ChatReply(Reply):
@@ -136,17 +168,17 @@ class ChatReply(Reply):
         delta = {"content": piece.text} if piece.text else {}
         return {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish}
 
-    def _choice(self, text: str) -> Json:
+    def _choice(self, index: int, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _logprobs(self, picked: Sequence[Picked], spans: Sequence[tuple[int, int]]) -> Json:
+    def _logprobs(self, told: Sequence[tuple[Picked, Span]]) -> Json:
         content = []
-        for one in picked:
+        for one, _ in told:
             top = [self._describe(token, logprob) for token, logprob in one.top]
             content.append({**self._describe(one.token, one.logprob), "top_logprobs": top})
         return {"content": content}
 
-    def _describe(self, token: int | None, logprob: float | None) -> Json:
+    def _describe(self, token: int, logprob: float | None) -> Json:
         text = self._text_of(token)
         # A token may be part of a character, whose bytes the tokenizer does not tell.
         return {

@@ -68,6 +68,8 @@ class TextRequest:
     """Whether a stream's last event has the numbers of tokens."""
     choices: int = 1
     """How many answers each prompt is to have."""
+    echo: bool = False
+    """Whether an answer begins with its prompt, which log-probabilities are told of too."""
     ignore_eos: bool = False
     """Whether the model's own end tokens end no answer, as those who measure want it."""
 
@@ -80,14 +82,15 @@ class TextRequest:
 
 def read_completion(message: Any) -> TextRequest:
     """Return what a request to /v1/completions asks for; BadRequest names the field, the value and what is allowed."""
-    fields = _Fields(message, ("prompt", "logprobs", "max_tokens", "best_of"))
+    fields = _Fields(message, ("prompt", "logprobs", "max_tokens", "best_of", "echo"))
     best_of, choices = fields.whole("best_of", 1), fields.whole("n", 1, MOST_CHOICES)
     if best_of not in (None, choices or 1):  # as many are answered with as are made
         raise Unsupported(f"best_of: {best_of} is not served; leave it out")
     count = fields.whole("logprobs", 0, MOST_LOGPROBS)
-    most = fields.whole("max_tokens", 1)
+    echo = fields.flag("echo")
+    most = fields.whole("max_tokens", 0 if echo else 1)
     prompts = read_texts("prompt", fields.take("prompt"))
-    return fields.request(prompts=prompts, most=_DEFAULT_MOST if most is None else most, logprobs=count)
+    return fields.request(prompts=prompts, most=_DEFAULT_MOST if most is None else most, logprobs=count, echo=echo)
 
 
 def read_chat(message: Any) -> TextRequest:
@@ -121,8 +124,9 @@ def read_payload(payload: Any) -> TextRequest:
         payload = {"max_tokens": payload["max_new_tokens"], **payload}
         del payload["max_new_tokens"]
     wanted = read_completion(payload)
-    if len(wanted.prompts) * wanted.choices > 1 or wanted.stream or wanted.sampling.logprobs is not None:
-        raise BadRequest("one prompt at a time, without `n`, `stream` and `logprobs`; /v1/completions has them")
+    asks_for_more = wanted.stream or wanted.echo or wanted.sampling.logprobs is not None
+    if len(wanted.prompts) * wanted.choices > 1 or asks_for_more:
+        raise BadRequest("one prompt at a time, without `n`, `stream`, `echo` and `logprobs`; /v1/completions has them")
     return wanted
 
 
@@ -136,7 +140,7 @@ class _Fields:
         if unknown:
             raise BadRequest(f"{', '.join(unknown)}: unknown here; allowed are {', '.join((*own, *_COMMON))}")
         for key, idle in _IDLE.items():
-            if message.get(key) not in (None, idle):
+            if key not in own and message.get(key) not in (None, idle):
                 raise Unsupported(f"{key}: {message[key]!r} is not served; leave it out")
         self._message = message
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deployments.decoder import DecodeOne, Decoder, Prefill
+from deployments.decoder import DecodeOne, Decoder, Prefill, Score
 from deployments.generation import Run, Slots
 from optim import CompiledModel
 from optim.shapes import Example, Inputs
@@ -51,6 +51,7 @@ def make_slots(
     decode = runs["decode"]
     module = decode.module if isinstance(decode, CompiledModel) else decode
     assert isinstance(module, DecodeOne)
+    decoder, without_grad = module.decoder, torch.no_grad()
     return Slots(
         prefills,
         decode,
@@ -59,7 +60,8 @@ def make_slots(
         min(pieces),
         device,
         runs_ahead=on_gpu,
-        clear=torch.no_grad()(module.decoder.clear),
+        clear=without_grad(decoder.clear),
+        score=without_grad(Score(decoder).eval()),
     )
 
 

@@ -16,8 +16,7 @@ from deployments.messages import to_json_bytes
 from deployments.replies import internal_error
 
 #: What Python takes for the end of a line (str.splitlines), as httpx does where it reads lines, beside what SSE does.
-_LINE_ENDS = {character.encode(): ascii(character)[1:-1].encode() for character in ("\u2028", "\u2029")}
-_LINE_ENDS["\x85".encode()] = b"\\u0085"
+_LINE_ENDS = {character.encode(): b"\\u%04x" % ord(character) for character in "\x85\u2028\u2029"}
 
 
 class EventStream(StreamingResponse):

@@ -5,21 +5,30 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from deployments.errors import ModelFailed
-from deployments.sampling import Picked, Picks, Sampler, pick
+from deployments.sampling import Picked, Picks, Sampler, Scores, pick
 from deployments.transfers import to_device
 from optim import is_device_error
 from optim.errors import describe
 
 logger = logging.getLogger(__name__)
-What = Picked | str | Exception
-"""What comes of a request: a token, and at the end why: `stop` (one of `ends`), `length` (as many as were asked for,
-or as fit), or an exception."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A prompt's tokens with their log-probabilities; of the first there is none."""
+
+    prompt: Sequence[Picked]
+
+
+What = Picked | Scored | str | Exception
+"""What comes of a request: how its prompt scores, where that was asked for; a token; and at the end why: `stop` (one of
+`ends`), `length` (as many as were asked for, or as fit), or an exception."""
 
 
 class Run(Protocol):
@@ -43,6 +52,8 @@ class Generation:
     """The most tokens of the answer; None is all that fits."""
     ends: frozenset[int] = frozenset()
     """Tokens that end the answer, and are not part of it."""
+    scores: int | None = None
+    """How many of the likeliest tokens are told for each place of the prompt; None is nothing of it at all."""
     tell: Callable[[What], None] = lambda what: None
     gone: bool = False
     slot: int = -1
@@ -51,6 +62,8 @@ class Generation:
     """Tokens of it that are in the cache."""
     picked: int = 0
     """Tokens that were picked for it, also those that are not known yet."""
+    scored: list[Scores] = field(default_factory=list)
+    """What is known of its prompt so far; its end token is told of with that, too."""
     tokens: list[int] = field(default_factory=list)
     """What it generated, as far as it is known; the last that was picked is not in the cache yet."""
 
@@ -99,6 +112,7 @@ class Slots:
         *,
         runs_ahead: bool = False,
         clear: Callable[[int], None] = lambda slot: None,
+        score: Run | None = None,
     ) -> None:
         self._prefills = dict(sorted(prefills.items()))
         self._decode = decode
@@ -110,7 +124,7 @@ class Slots:
         self._latest = torch.zeros(slots, dtype=torch.int64, device=self._device)  # the last token of each slot
         self._unread: deque[tuple[Sequence[Generation], Picks]] = deque()
         self._free = list(range(slots))
-        self._clear = clear
+        self._clear, self._score = clear, score
         self._unclear: set[int] = set()  # slots that may have what is no number
         self._arrived: deque[Generation] = deque()  # what other threads put in, one call at a time
         self._new: deque[Generation] = deque()
@@ -172,7 +186,7 @@ class Slots:
         self._new = deque(generation for generation in self._new if not generation.gone)
         for generation in [*self._running, *([self._filling] if self._filling else [])]:
             if generation.gone:
-                self._leave(generation, is_sound=False)  # as far as is known
+                self._leave(generation)
 
     def _take_in(self) -> None:
         while self._arrived:
@@ -181,7 +195,8 @@ class Slots:
     def _prefill(self, generation: Generation, *, alone: bool) -> int:
         """Run a piece of a prompt, a small one where others generate; return its tokens."""
         start, left = generation.done, len(generation.prompt) - generation.done
-        sizes = [size for size in self._prefills if alone or size <= self._piece]
+        # Logits of each place are many: of 32 with 128,256 tokens 16 MB.
+        sizes = [size for size in self._prefills if (alone and generation.scores is None) or size <= self._piece]
         size = next((size for size in sizes if size >= left), sizes[-1])
         if 2 * left <= size:  # most of it would be padding
             size = max((smaller for smaller in sizes if smaller <= left), default=size)
@@ -190,10 +205,15 @@ class Slots:
         (tokens,) = self._send([*generation.prompt[start : start + count], *([0] * (size - count))])
         slots, last = self._send([generation.slot], [count - 1])
         positions = self._places[start : start + size].unsqueeze(0)
+        inputs, mask = tokens.unsqueeze(0), self._mask(positions, start + size)
         try:
-            logits = self._prefills[size](
-                tokens.unsqueeze(0), positions, slots, last, self._mask(positions, start + size)
-            )
+            if generation.scores is not None and self._score is not None:
+                # Eager, and before the compiled one, whose keys and values are those that stay: so no bucket is added,
+                # and the answer is the same as without.
+                given = generation.prompt[start + 1 : start + count + 1]
+                logits = self._score(inputs, positions, slots, mask)[0, : len(given)]
+                generation.scored.append(Scores(given, logits, generation.scores))
+            logits = self._prefills[size](inputs, positions, slots, last, mask)
         except Exception as error:
             self._settle_failure(generation, error)
             return 0
@@ -201,7 +221,11 @@ class Slots:
         if generation.is_prefilled:
             self._filling = None
             self._running.append(generation)
-            self._pick([generation], slots, logits)
+            if generation.most == 0:
+                self._tell_scores(generation)
+                self._end(generation, "length")
+            else:
+                self._pick([generation], slots, logits)
         return count
 
     def _decode_one(self, rows: Sequence[Generation]) -> None:
@@ -274,31 +298,43 @@ class Slots:
                         self._take(generation, picked)
             self._unread.popleft()
 
-    def _take(self, generation: Generation, picked: Picked) -> None:
+    def _take(self, generation: Generation, picked: Picked | None) -> None:
         """Go on with a request's next token."""
-        if picked.token is None:
+        if picked is None:
             # Nor is anything else that comes of what the cache has of it.
             self._end(generation, ModelFailed("the model's logits on this request are infinite, or no numbers"))
             return
+        if not generation.tokens:
+            self._tell_scores(generation)
         generation.tokens.append(picked.token)
         if picked.token in generation.ends:
+            if generation.scores is not None:  # who reads scores takes the last one for that of what was generated
+                self._events.append((generation, replace(picked, is_end=True)))
             self._end(generation, "stop")
             return
         self._events.append((generation, picked))
         if generation.is_full(len(generation.tokens), self.length):
             self._end(generation, "length")
 
+    def _tell_scores(self, generation: Generation) -> None:
+        if generation.scores is not None:
+            found = [picked for scores in generation.scored for picked in scores.read()]
+            self._events.append((generation, Scored([Picked(generation.prompt[0]), *found])))
+            generation.scored.clear()
+
     def _end(self, generation: Generation, why: str | Exception) -> None:
-        self._leave(generation, is_sound=isinstance(why, str))
+        self._leave(generation, has_failed=isinstance(why, Exception))
         self._events.append((generation, why))
 
-    def _leave(self, generation: Generation, *, is_sound: bool) -> None:
+    def _leave(self, generation: Generation, *, has_failed: bool = False) -> None:
         if generation is self._filling:
             self._filling = None
         if generation in self._running:
             self._running.remove(generation)
         if generation.slot >= 0:
-            if not is_sound:
+            # The last logits show what all that they come of is, where they were looked at.
+            was_read = 0 < generation.picked == len(generation.tokens)
+            if has_failed or not was_read:
                 self._unclear.add(generation.slot)
             self._free.append(generation.slot)
             self._free.sort()

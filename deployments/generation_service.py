@@ -16,7 +16,7 @@ from deployments.args import ModelArgs
 from deployments.completions import TextRequest, read_payload
 from deployments.errors import BadRequest, DeadlineExceeded, ModelFailed
 from deployments.generate import TextGenerator
-from deployments.generation import Generation, Step, What
+from deployments.generation import Generation, Scored, Step, What
 from deployments.sampling import Picked, Sampler, Sampling
 from deployments.served import Served
 from deployments.text_stream import TextStream
@@ -40,6 +40,8 @@ class Piece:
     index: int
     text: str
     picked: Picked | None = None
+    prompt: Sequence[Picked] = ()
+    """How the tokens of the prompt score; before any text."""
     finish: str | None = None
     span: tuple[int, int] = (0, 0)
 
@@ -113,13 +115,17 @@ class Answers:
     def _read(self, index: int, stream: TextStream, what: What) -> Piece:
         if isinstance(what, Exception):
             raise what
+        if isinstance(what, Scored):
+            return Piece(index, "", prompt=what.prompt)
+        if isinstance(what, Picked) and what.is_end:
+            return Piece(index, "", what, span=(stream.length, stream.length))
         if isinstance(what, str):
             return Piece(index, stream.end(), finish="stop" if stream.is_stopped else what)
-        assert what.token is not None, "such an answer ends with an error"
         self.tokens += 1
         before = stream.length
         text = stream.add(what.token)
-        return Piece(index, text, what, "stop" if stream.is_stopped else None, (before, stream.length))
+        finish = "stop" if stream.is_stopped else None
+        return Piece(index, text, what, finish=finish, span=(before, stream.length))
 
 
 class GenerationService(Served):
@@ -236,7 +242,8 @@ class GenerationService(Served):
 
         # A special token is no text, in which a stop string is looked for.
         ends = (frozenset() if wanted.ignore_eos else self.generator.ends) | self.generator.special(wanted.stops)
-        generation = Generation(prompt, sampler, wanted.most, ends, tell)
+        scores = sampler.sampling.logprobs if wanted.echo else None
+        generation = Generation(prompt, sampler, wanted.most, ends, scores, tell)
         answers.generations.append(generation)
         self._add(generation)
 

@@ -45,7 +45,10 @@ def completion_body(service: GenerationService) -> Json:
         ]
     }
     return _body(
-        service, {"prompt": prompt}, logprobs={"type": ["integer", "null"], "minimum": 0, "maximum": MOST_LOGPROBS}
+        service,
+        {"prompt": prompt},
+        logprobs={"type": ["integer", "null"], "minimum": 0, "maximum": MOST_LOGPROBS},
+        echo={"type": "boolean"},
     )
 
 
@@ -91,7 +94,11 @@ def _body(service: GenerationService, needed: Json, **own: Json) -> Json:
         "stop": stop,
         "ignore_eos": {"type": "boolean"},
         "stream": {"type": "boolean"},
-        "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
+        "stream_options": {
+            "type": "object",
+            "properties": {"include_usage": {"type": "boolean"}},
+            "additionalProperties": False,
+        },
         "user": _TEXT,
         **own,
     }

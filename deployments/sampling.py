@@ -42,12 +42,13 @@ class Sampling:
 class Picked:
     """A token, its log-probability under the model's own distribution, and those of the likeliest, likeliest first.
 
-    None is the token of logits that are no numbers, or infinite.
+    `is_end` is one that ends the answer and is no part of it.
     """
 
-    token: int | None
+    token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    is_end: bool = False
 
 
 @dataclass
@@ -116,16 +117,35 @@ class Picks:
         self._samplers, self._telling = samplers, telling
         self._arriving = ToHost([tokens, are_sound, *told])
 
-    def read(self) -> list[Picked]:
-        """Return what was picked, once; waits for it, and has the samplers learn it."""
+    def read(self) -> list[Picked | None]:
+        """Return what was picked, once; waits for it, and has the samplers learn it.
+
+        None is picked of logits that are no numbers, or infinite.
+        """
         tokens, are_sound, *told = (copy.tolist() for copy in self._arriving.wait())
         for sampler, token in zip(self._samplers, tokens, strict=True):
             sampler.take(token)
-        found = [Picked(token if is_sound else None) for token, is_sound in zip(tokens, are_sound, strict=True)]
+        found = [Picked(token) for token in tokens]
         for (row, count), own, likeliest, values in zip(self._telling.items(), *(told or ([], [], [])), strict=True):
-            top = tuple(zip(likeliest[:count], values[:count], strict=True))
-            found[row] = Picked(found[row].token, own, top)
-        return found
+            found[row] = Picked(tokens[row], own, tuple(zip(likeliest[:count], values[:count], strict=True)))
+        return [picked if is_sound else None for picked, is_sound in zip(found, are_sound, strict=True)]
+
+
+class Scores:
+    """How likely given tokens were, and which were the likeliest in their place, on the way to the CPU. [N], [N, V]."""
+
+    def __init__(self, tokens: Sequence[int], logits: torch.Tensor, most: int) -> None:
+        self._tokens = tokens
+        given = to_device(tokens, torch.int64, logits.device)
+        self._arriving = ToHost(_tell(given, logits.float(), most))
+
+    def read(self) -> list[Picked]:
+        """Return the tokens with what was found; waits for it."""
+        own, likeliest, values = (copy.tolist() for copy in self._arriving.wait())
+        return [
+            Picked(token, logprob, tuple(zip(places, top, strict=True)))
+            for token, logprob, places, top in zip(self._tokens, own, likeliest, values, strict=True)
+        ]
 
 
 def pick(samplers: Sequence[Sampler], logits: torch.Tensor) -> Picks:

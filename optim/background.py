@@ -232,22 +232,23 @@ class Background:
             _, beside = start.start_warm(plan, path, timed=False)
         finally:
             self._hand_over(kept_back, plan, scratch)
-        if beside is None:
-            self._between_runs(self._have_no_streams)
-        else:
+        if beside is not None:
             costs = {bucket: ms * self._scale(plan, bucket) for bucket, ms in beside.costs.items()}
-            self._between_runs(lambda: self._model.add_streams(beside.lanes, costs, beside.count, beside.threads))
 
-    def _have_no_streams(self) -> None:
-        for row in self._model.report.buckets:
-            row.stream_ms = row.stream_gain = None
+            def add_streams() -> None:
+                self._model.add_streams(beside.lanes, costs, beside.count, beside.threads)
+                for row in self._model.report.buckets:
+                    if row.bucket in costs:
+                        row.stream_ms = round(costs[row.bucket], 3)
+                        row.stream_gain = plan.rows[row.bucket]["stream_gain"]
+
+            self._between_runs(add_streams)
 
     def _hand_over(self, lanes: Mapping[Bucket, Lane], plan: Plan, scratch: CompileReport) -> None:
         rows = {row.bucket: row for row in self._model.report.buckets}
         changed = []
         for found in [row for row in scratch.buckets if row.bucket in lanes]:
             mine, known, scale = rows[found.bucket], plan.rows[found.bucket], self._scale(plan, found.bucket)
-            stream_ms = known["stream_ms"]
             changed.append(
                 replace(
                     found,
@@ -255,8 +256,8 @@ class Background:
                     ms=round(known["ms"] * scale, 3),
                     eager_ms=mine.eager_ms,
                     speedup=known["speedup"],
-                    stream_ms=stream_ms and round(stream_ms * scale, 3),
-                    stream_gain=known["stream_gain"],
+                    stream_ms=None,  # until there are streams
+                    stream_gain=None,
                     race=mine.race,
                     refusals=[*mine.refusals, *(r for r in found.refusals if r not in mine.refusals)],
                 )

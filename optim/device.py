@@ -114,8 +114,8 @@ def ensure_cache_folder() -> str | None:
     """
     asked = os.environ.get(_INDUCTOR_FOLDER)
     default = Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}"
-    # Anybody can put a link where the default is.
-    folder = Path(asked).resolve() if asked else default
+    # Anybody can put a link where the default is, which is what Dynamo asks for once it was imported.
+    folder = Path(asked).resolve() if asked and Path(asked) != default else default
     why = _why_not(folder)
     if why is None:
         if asked is not None:

@@ -121,7 +121,7 @@ def keep_plan(job: EngineJob, cache: Cache, key: str, folder: Path, plan: Plan, 
         known = lasting | {"budget"} if row.eager_won else set() if job.config.must_compile else lasting
         failed = [r for r in [*report.refusals, *row.refusals] if r.stage not in known]
         if failed:
-            report.warn(f"no plan is kept: bucket {row.bucket} is eager, and {failed[0]}")
+            report.notes.append(f"no plan is kept: bucket {row.bucket} is eager, and {failed[0]}")
             return None
 
     def fill(target: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from optim.errors import describe
 from optim.private import NotPrivate, require_private
 
 logger = logging.getLogger(__name__)
@@ -125,18 +126,21 @@ def keep_headers_private() -> None:
 
     They lie in its default folder, wherever its cache folder is, and end up in all that is compiled with them.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     try:
-        folder = Path(default_cache_dir())
-        folder.mkdir(mode=0o700, exist_ok=True)
-        require_private(folder)
-    except (OSError, NotPrivate) as reason:
-        from torch._inductor import codecache
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-        headers = _cache_folder() / "precompiled_headers"
-        codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(headers), str(headers / "locks")
-        logger.info("precompiled headers go to %s: %s", headers, reason)
+        try:
+            folder = Path(default_cache_dir())
+            folder.mkdir(mode=0o700, exist_ok=True)
+            require_private(folder)
+        except (OSError, NotPrivate) as reason:
+            from torch._inductor import codecache
+
+            headers = _cache_folder() / "precompiled_headers"
+            codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(headers), str(headers / "locks")
+            logger.info("precompiled headers go to %s: %s", headers, reason)
+    except Exception as error:  # a torch that does it otherwise; many an engine has no headers
+        logger.warning("where Inductor has its precompiled headers is not known: %s: %s", *describe(error, 300))
 
 
 def _loaded_libraries() -> Iterator[Path]:

@@ -8,14 +8,17 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
+import torch
 from starlette.routing import Route
 
+from deployments.event_stream import write_event
 from deployments.generation_service import GenerationService
 from deployments.http import make_app
 from deployments.openapi import describe
@@ -114,7 +117,7 @@ def test_a_chat_goes_by_the_tokenizers_template(client: openai.OpenAI, service: 
 def test_eight_streams_at_once_have_the_texts_that_each_has_alone(url: str) -> None:
     async def stream(client: openai.AsyncOpenAI, number: int) -> str:
         text = ""
-        how: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "seed": number, "max_tokens": 20 + 9 * number}
+        how: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "seed": 50 + number, "max_tokens": 20 + 9 * number}
         events = await client.completions.create(model=NAME, prompt="hello " * (number + 1), stream=True, **how)
         async for event in events:
             text += event.choices[0].text
@@ -127,6 +130,13 @@ def test_eight_streams_at_once_have_the_texts_that_each_has_alone(url: str) -> N
             assert len(set(alone)) == 8
 
     asyncio.run(run())
+
+
+def test_an_event_is_one_line_to_everybody() -> None:
+    text = "a\x85b\u2028c\u2029d\r\ne\x0bf"
+    line, *rest = write_event({"text": text}).decode().splitlines()
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
 
 
 def test_several_prompts_are_answered_in_their_order(client: openai.OpenAI) -> None:
@@ -227,13 +237,70 @@ def test_the_token_that_was_drawn_is_among_the_likeliest_and_where_its_text_begi
     assert told and told.tokens and told.top_logprobs and told.token_logprobs and told.text_offset
     assert {len(top) for top in told.top_logprobs} == {1, 2}, "else this shows nothing"
     for token, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
-        assert top[token] == value
+        if token not in ("", "\ufffd"):  # as several tokens read
+            assert top[token] == value
     for token, offset in zip(told.tokens, told.text_offset, strict=True):
         if "\ufffd" not in token and token not in ("<s>", "</s>"):
             assert found.text[offset : offset + len(token)] == token
     events = list(client.completions.create(**how, logprobs=1, stream=True))
     streamed = [e.choices[0].logprobs for e in events if e.choices[0].logprobs]
     assert [offset for one in streamed for offset in one.text_offset or []] == told.text_offset
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_a_prompts_own_tokens_are_scored(client: openai.OpenAI, model: Any, with_others: bool) -> None:
+    """As lm-evaluation-harness asks: the log-likelihood of a continuation, and whether it is the greedy one."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, 300, (size,), generator=generator).tolist() for size in (1, 40, 300)]
+    how: dict[str, Any] = {"model": NAME, "max_tokens": 1, "temperature": 0, "logprobs": 2, "echo": True}
+    with ExitStack() as stack:
+        if with_others:
+            for _ in range(2):
+                asked = client.completions.create(model=NAME, prompt="hello", max_tokens=400, stream=True)
+                next(iter(stack.enter_context(asked)))
+        choices = client.completions.create(prompt=prompts, **how).choices
+    for prompt, choice in zip(prompts, choices, strict=True):
+        with torch.no_grad():
+            right = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        told = choice.logprobs
+        assert told and told.token_logprobs and told.top_logprobs and told.tokens and told.text_offset
+        assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(prompt) + 1
+        assert (told.token_logprobs[0], told.top_logprobs[0]) == (None, None)
+        expected = right[:-1].gather(-1, torch.tensor(prompt[1:]).unsqueeze(-1)).squeeze(-1).tolist()
+        assert told.token_logprobs[1:-1] == pytest.approx(expected, abs=1e-4)
+        likeliest = right.amax(-1).tolist()
+        assert [max(top.values()) for top in told.top_logprobs[1:]] == pytest.approx(likeliest, abs=1e-4)
+        assert told.token_logprobs[-1] == pytest.approx(likeliest[-1], abs=1e-4)
+        assert told.text_offset == sorted(told.text_offset)
+
+
+def test_an_answer_may_begin_with_its_prompt(client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": NAME, "prompt": ["hello", "world"], "max_tokens": 6, "temperature": 0, "n": 2}
+    plain = [choice.text for choice in client.completions.create(**how).choices]
+    expected = [prompt + text for prompt, text in zip(["hello", "hello", "world", "world"], plain, strict=True)]
+    for logprobs in (None, 0):
+        found = client.completions.create(**how, echo=True, logprobs=logprobs)
+        assert [choice.text for choice in found.choices] == expected
+        assert found.usage and found.usage.completion_tokens == 24
+        texts = [""] * 4
+        for event in client.completions.create(**how, echo=True, logprobs=logprobs, stream=True):
+            texts[event.choices[0].index] += event.choices[0].text
+        assert texts == expected
+    (found, *_) = client.completions.create(**how | {"max_tokens": 0}, echo=True, logprobs=1).choices
+    assert (found.text, found.finish_reason) == ("hello", "length")
+    assert found.logprobs and found.logprobs.tokens and found.logprobs.text_offset
+    assert found.logprobs.tokens[0] == "<s>" and "".join(found.logprobs.tokens[1:]) == "hello"
+    for token, offset in list(zip(found.logprobs.tokens, found.logprobs.text_offset, strict=True))[1:]:
+        assert found.text[offset : offset + len(token)] == token
+
+
+def test_an_end_token_is_scored_where_the_prompt_is(client: openai.OpenAI) -> None:
+    """Else who leaves out the last score, of what was generated, would leave out one of the prompt's."""
+    how: dict[str, Any] = {"model": NAME, "prompt": [5, 6, 7], "max_tokens": 1, "logit_bias": {"1": 100}, "logprobs": 1}
+    found = client.completions.create(**how, echo=True)
+    assert found.usage and found.usage.completion_tokens == 0
+    told = found.choices[0].logprobs
+    assert told and told.tokens and told.tokens[-1] == "</s>" and len(told.token_logprobs or []) == 4
 
 
 def test_log_probabilities_come_with_each_token(client: openai.OpenAI) -> None:
@@ -264,7 +331,7 @@ def test_log_probabilities_come_with_each_token(client: openai.OpenAI) -> None:
         ("/v1/completions", {"model": NAME, "prompt": "\ud800"}, 400, "half of a surrogate pair"),
         ("/v1/completions", {"model": "other", "prompt": "x"}, 404, "Model not found: other"),
         ("/v1/completions", {"prompt": "x"}, 400, "model: the name of a model is needed"),
-        ("/v1/completions", {"model": NAME, "prompt": "x", "echo": True}, 501, "echo: True is not served"),
+        ("/v1/completions", {"model": NAME, "prompt": "x", "suffix": "y"}, 501, "suffix: 'y' is not served"),
         ("/v1/completions", {"model": NAME, "prompt": ["x"] * 13}, 400, "at most 12 are allowed (batching.max_queue)"),
         ("/v1/chat/completions", {"model": NAME, "messages": []}, 400, "messages: a list with at least one"),
         ("/v1/embeddings", {"model": NAME, "input": "x"}, 404, "no such path"),

@@ -159,6 +159,7 @@ def test_ray_is_its_own_unless_told_otherwise(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if asked is not None:
         monkeypatch.setenv("RAY_ADDRESS", asked)
+    monkeypatch.setattr(run, "check", lambda paths: 0)
     ((arguments, _),) = _start(monkeypatch, "--non-blocking")
     assert arguments == ["run", "--address", expected, CONFIG, "--non-blocking"]
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from deployments.sampling import Sampler, Sampling, _choose, pick
+from deployments.sampling import Picked, Sampler, Sampling, _choose, pick
 
 
 def draw(logits: torch.Tensor, count: int, **how: Any) -> list[int]:
     sampler = Sampler(Sampling(**how))
-    found = [pick([sampler], logits.unsqueeze(0)).read()[0].token for _ in range(count)]
-    return [token for token in found if token is not None]
+    return [pick_sound([sampler], logits.unsqueeze(0))[0].token for _ in range(count)]
+
+
+def pick_sound(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Picked]:
+    found = [picked for picked in pick(samplers, logits).read() if picked is not None]
+    assert len(found) == len(samplers)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,7 @@ def test_a_seed_gives_the_same_tokens_and_others_give_others() -> None:
 
 def test_log_probabilities_are_the_models_own() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    (picked,) = pick([Sampler(Sampling(temperature=0.5, top_k=3, seed=1, logprobs=4))], logits.unsqueeze(0)).read()
+    (picked,) = pick_sound([Sampler(Sampling(temperature=0.5, top_k=3, seed=1, logprobs=4))], logits.unsqueeze(0))
     expected = logits.log_softmax(-1)
     assert picked.logprob == pytest.approx(float(expected[picked.token]))
     assert [token for token, _ in picked.top] == expected.topk(4).indices.tolist()
@@ -101,7 +107,7 @@ def test_logits_that_are_no_numbers_give_none(how: dict[str, Any], bad: float) -
     logits[2, 2] = -torch.inf  # a token that cannot be
     picks = pick([Sampler(Sampling(**how)) for _ in range(3)], logits)
     assert all(token in range(4) for token in picks.tokens.tolist()), "a model may be given it before it is read"
-    assert [picked.token is None for picked in picks.read()] == [False, True, False]
+    assert [picked is None for picked in picks.read()] == [False, True, False]
 
 
 def test_seeds_that_differ_draw_differently() -> None:
@@ -126,8 +132,8 @@ def test_each_of_many_rows_is_picked_as_it_is_alone() -> None:
     logits = torch.randn(len(ways), 3000, generator=torch.Generator().manual_seed(8))
     together, alone = ([Sampler(Sampling(**how)) for how in ways] for _ in range(2))
     for _ in range(20):
-        found = pick(together, logits).read()
-        assert found == [pick([sampler], logits[row : row + 1]).read()[0] for row, sampler in enumerate(alone)]
+        found = pick_sound(together, logits)
+        assert found == [pick_sound([sampler], logits[row : row + 1])[0] for row, sampler in enumerate(alone)]
         assert [len(one.top) for one in found] == [0, 0, 2, 0, 5, 0, 0, 0]
         assert [one.logprob is None for one in found] == ["logprobs" not in how for how in ways]
 
@@ -157,10 +163,11 @@ def test_rows_that_are_chosen_in_one_go_are_those_chosen_one_by_one() -> None:
 
 def test_a_row_without_numbers_leaves_the_others_alone() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(8))
-    fine = [one.token for one in pick([Sampler(Sampling(seed=n, top_p=0.9)) for n in range(3)], logits).read()]
-    logits[1] = torch.nan
-    found = [one.token for one in pick([Sampler(Sampling(seed=n, top_p=0.9)) for n in range(3)], logits).read()]
-    assert (found[0], found[2]) == (fine[0], fine[2])
+    fine, found = list[Picked | None](), list[Picked | None]()
+    for values in (fine, found):
+        values += pick([Sampler(Sampling(seed=n, top_p=0.9)) for n in range(3)], logits).read()
+        logits[1] = torch.nan
+    assert found == [fine[0], None, fine[2]]
 
 
 def test_penalties_and_biases_change_the_logits_as_openai_says() -> None:
@@ -171,7 +178,7 @@ def test_penalties_and_biases_change_the_logits_as_openai_says() -> None:
     counts = [0] * 4
     for _ in range(12):
         mu = [v - 0.2 * c - 0.3 * (c > 0) for v, c in zip(values, counts, strict=True)]
-        (picked,) = pick([sampler], logits).read()
+        (picked,) = pick_sound([sampler], logits)
         assert picked.token == max(range(4), key=mu.__getitem__)
         counts[picked.token] += 1
     assert min(counts) > 0
@@ -181,10 +188,10 @@ def test_penalties_and_biases_change_the_logits_as_openai_says() -> None:
 def test_a_bias_concerns_its_own_request_alone_and_log_probabilities_are_the_models() -> None:
     logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
     ways = [Sampling(temperature=0, logprobs=1), Sampling(temperature=0, logprobs=1, logit_bias=((7, 100.0),))]
-    plain, biased = pick([Sampler(how) for how in ways], logits).read()
+    plain, biased = pick_sound([Sampler(how) for how in ways], logits)
     assert plain.token == int(logits[0].argmax())
     assert biased.token == 7
     assert biased.logprob == pytest.approx(float(logits[1].log_softmax(-1)[7]))
     assert biased.top[0][0] == int(logits[1].argmax())
     banned = Sampler(Sampling(seed=1, temperature=2.0, logit_bias=tuple((token, -100.0) for token in range(29))))
-    assert [pick([banned], logits[:1]).read()[0].token for _ in range(5)] == [29] * 5
+    assert [pick_sound([banned], logits[:1])[0].token for _ in range(5)] == [29] * 5
