@@ -7,15 +7,17 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
+from functools import cached_property
 from typing import Any
 
 from deployments.completions import TextRequest
 from deployments.generation_service import Answers, GenerationService, Piece
 from deployments.sampling import Picked
-from deployments.text_stream import TextStream
 
 Json = dict[str, Any]
 Span = tuple[int, int]
+#: What writing a token's log-probabilities is like, in bytes of JSON: five of the likeliest take 50 us.
+_WORK = 3000
 #: What stands for a probability of 0, whose logarithm JSON cannot carry; OpenAI's own.
 _IMPOSSIBLE = -9999.0
 
@@ -29,6 +31,8 @@ class Reply(ABC):
 
     def __init__(self, service: GenerationService, wanted: TextRequest) -> None:
         self.wanted = wanted
+        self._service = service
+        self._texts: dict[int, str] = {}
         self._tells_tokens = wanted.sampling.logprobs is not None
         self._tokenizer = service.generator.tokenizer
         self._head = {"id": f"{self.kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
@@ -43,7 +47,7 @@ class Reply(ABC):
             yield self._write(1, [choice], **usage)
         async with aclosing(answers.pieces(deadline)) as pieces:
             async for piece in pieces:
-                logprobs = self._write_logprobs([piece]) if piece.picked or piece.prompt else None
+                logprobs = await self._write_logprobs([piece]) if piece.picked or piece.prompt else None
                 if piece.text or piece.finish or logprobs:
                     yield self._write(1, [self._change(piece, logprobs)], **usage)
         if self.wanted.with_usage:
@@ -58,7 +62,7 @@ class Reply(ABC):
         choices = []
         for index, found in sorted(by_index.items()):
             choice = self._choice(index, "".join(piece.text for piece in found))
-            logprobs = self._write_logprobs(found)
+            logprobs = await self._write_logprobs(found)
             choices.append({"index": index, **choice, "logprobs": logprobs, "finish_reason": found[-1].finish})
         return self._write(0, choices, usage=_usage(answers))
 
@@ -81,15 +85,25 @@ class Reply(ABC):
     def _logprobs(self, told: Sequence[tuple[Picked, Span]]) -> Json:
         """Return the log-probabilities of some tokens, each with the characters there were before it and after."""
 
-    def _write_logprobs(self, pieces: Sequence[Piece]) -> Json | None:
-        return self._logprobs([one for piece in pieces for one in self._told(piece)]) if self._tells_tokens else None
+    async def _write_logprobs(self, pieces: Sequence[Piece]) -> Json | None:
+        if not self._tells_tokens:
+            return None
+        tokens = sum(len(piece.prompt) or 1 for piece in pieces)
+
+        def write() -> Json:
+            return self._logprobs([one for piece in pieces for one in self._told(piece)])
+
+        return await self._service.aside(_WORK * tokens, write)
 
     def _told(self, piece: Piece) -> Sequence[tuple[Picked, Span]]:
         return [(piece.picked, piece.span)] if piece.picked else []
 
     def _text_of(self, token: int) -> str:
-        # Behind another one: many decoders strip the space at the beginning of a text.
-        return self._tokenizer.decode([*self._anchor, token], skip_special_tokens=False)[self._anchor_length :]
+        if token not in self._texts:
+            # Behind another one: many decoders strip the space at the beginning of a text.
+            text = self._tokenizer.decode([*self._anchor, token], skip_special_tokens=False)
+            self._texts[token] = text[self._anchor_length :]
+        return self._texts[token]
 
 
 class CompletionReply(Reply):
@@ -98,12 +112,13 @@ class CompletionReply(Reply):
     kind = "cmpl"
     objects = ("text_completion", "text_completion")
 
-    def __init__(self, service: GenerationService, wanted: TextRequest) -> None:
-        super().__init__(service, wanted)
-        #: What each answer begins with.
-        self._echoes = [""] * len(wanted.prompts) * wanted.choices
-        if wanted.echo:
-            self._echoes = [text for prompt in wanted.prompts for text in [self._text(prompt)] * wanted.choices]
+    @cached_property  # not before the prompts were looked at
+    def _echoes(self) -> Sequence[str]:
+        """What each answer begins with."""
+        wanted = self.wanted
+        if not wanted.echo:
+            return [""] * len(wanted.prompts) * wanted.choices
+        return [text for prompt in wanted.prompts for text in [self._text(prompt)] * wanted.choices]
 
     def _text(self, prompt: str | Sequence[int]) -> str:
         return prompt if isinstance(prompt, str) else str(self._tokenizer.decode(prompt, skip_special_tokens=True))
@@ -122,16 +137,23 @@ class CompletionReply(Reply):
 
     def _told(self, piece: Piece) -> Sequence[tuple[Picked, Span]]:
         if piece.prompt:
-            return list(zip(piece.prompt, self._spans(piece.prompt), strict=True))
+            return list(zip(piece.prompt, self._spans(piece.prompt, self._echoes[piece.index]), strict=True))
         ahead = len(self._echoes[piece.index])
         return [(picked, (ahead + before, ahead + after)) for picked, (before, after) in super()._told(piece)]
 
-    def _spans(self, tokens: Sequence[Picked]) -> Iterator[Span]:
-        stream = TextStream(self._tokenizer)
+    def _spans(self, tokens: Sequence[Picked], prompt: str) -> Iterator[Span]:
+        """Yield where each token's text is in the prompt; what is not there, as part of a character, takes none."""
+        place = missed = 0
         for one in tokens:
-            before = stream.length
-            stream.add(one.token)
-            yield before, stream.length
+            text = self._text_of(one.token)
+            text = text if place or prompt.startswith(text) else text.lstrip(" ")  # put before it by the tokenizer
+            found = prompt.find(text, place, place + missed + len(text))
+            if found < 0:
+                missed += len(text)
+                yield place, place
+            else:
+                place, missed = found + len(text), 0
+                yield found, place
 
     def _logprobs(self, told: Sequence[tuple[Picked, Span]]) -> Json:
         texts = [self._text_of(one.token) for one, _ in told]

@@ -210,21 +210,6 @@ class Prefill(nn.Module):
         return logits
 
 
-class Score(nn.Module):
-    """A piece of one prompt: the logits behind each of its tokens."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the logits. [B, T], [B, T], [B], [B, T, K] -> [B, T, V]."""
-        logits: torch.Tensor = self.decoder.head(self.decoder(tokens, positions, slots, mask))
-        return logits
-
-
 class DecodeOne(nn.Module):
     """One token of each of several rows through a decoder."""
 

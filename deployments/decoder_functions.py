@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from deployments.decoder import DecodeOne, Decoder, Prefill, Score
+from deployments.decoder import DecodeOne, Decoder, Prefill
 from deployments.generation import Run, Slots
+from deployments.sampling import Scores
 from optim import CompiledModel
 from optim.shapes import Example, Inputs
+
+#: Places of a prompt whose logits are made at a time: 16 MB of them with 128,256 tokens, and as much to score them.
+_SCORED = 32
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def make_slots(
     decode = runs["decode"]
     module = decode.module if isinstance(decode, CompiledModel) else decode
     assert isinstance(module, DecodeOne)
-    decoder, without_grad = module.decoder, torch.no_grad()
+    decoder = module.decoder
     return Slots(
         prefills,
         decode,
@@ -60,9 +65,17 @@ def make_slots(
         min(pieces),
         device,
         runs_ahead=on_gpu,
-        clear=without_grad(decoder.clear),
-        score=without_grad(Score(decoder).eval()),
+        clear=torch.no_grad()(decoder.clear),
+        score=partial(_score, decoder),
     )
+
+
+@torch.no_grad()
+def _score(decoder: Decoder, inputs: Inputs, given: Sequence[int], most: int) -> list[Scores]:
+    """Return how the tokens score that follow those of a piece of a prompt, some at a time: logits are many."""
+    hidden = decoder(*inputs)[0, : len(given)]
+    parts = zip(hidden.split(_SCORED), range(0, len(given), _SCORED), strict=False)  # of nothing there is one part
+    return [Scores(given[i : i + _SCORED], decoder.head(part), most) for part, i in parts]
 
 
 def _decoding(decoder: Decoder) -> Example:

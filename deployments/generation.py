@@ -31,6 +31,10 @@ What = Picked | Scored | str | Exception
 `ends`), `length` (as many as were asked for, or as fit), or an exception."""
 
 
+#: Nor is anything else a number that comes of what the cache has of such a request.
+_UNSOUND = "the model's logits on this request are infinite, or no numbers"
+
+
 class Run(Protocol):
     """A compiled (or eager) `Prefill` or `DecodeOne`."""
 
@@ -112,7 +116,7 @@ class Slots:
         *,
         runs_ahead: bool = False,
         clear: Callable[[int], None] = lambda slot: None,
-        score: Run | None = None,
+        score: Callable[..., Sequence[Scores]] | None = None,
     ) -> None:
         self._prefills = dict(sorted(prefills.items()))
         self._decode = decode
@@ -172,6 +176,7 @@ class Slots:
         everyone = [*self._running, *([self._filling] if self._filling else []), *self._new]
         self._new.clear()
         # What is unread stays: to free memory that a broken GPU was to copy to would end the process.
+        self._lost = [generation.scored for generation in everyone]
         for generation in everyone:
             self._end(generation, error)
         return Step(self._take_events())
@@ -195,8 +200,7 @@ class Slots:
     def _prefill(self, generation: Generation, *, alone: bool) -> int:
         """Run a piece of a prompt, a small one where others generate; return its tokens."""
         start, left = generation.done, len(generation.prompt) - generation.done
-        # Logits of each place are many: of 32 with 128,256 tokens 16 MB.
-        sizes = [size for size in self._prefills if (alone and generation.scores is None) or size <= self._piece]
+        sizes = [size for size in self._prefills if alone or size <= self._piece]
         size = next((size for size in sizes if size >= left), sizes[-1])
         if 2 * left <= size:  # most of it would be padding
             size = max((smaller for smaller in sizes if smaller <= left), default=size)
@@ -211,8 +215,7 @@ class Slots:
                 # Eager, and before the compiled one, whose keys and values are those that stay: so no bucket is added,
                 # and the answer is the same as without.
                 given = generation.prompt[start + 1 : start + count + 1]
-                logits = self._score(inputs, positions, slots, mask)[0, : len(given)]
-                generation.scored.append(Scores(given, logits, generation.scores))
+                generation.scored += self._score((inputs, positions, slots, mask), given, generation.scores)
             logits = self._prefills[size](inputs, positions, slots, last, mask)
         except Exception as error:
             self._settle_failure(generation, error)
@@ -221,11 +224,10 @@ class Slots:
         if generation.is_prefilled:
             self._filling = None
             self._running.append(generation)
-            if generation.most == 0:
-                self._tell_scores(generation)
-                self._end(generation, "length")
-            else:
+            if generation.most != 0:
                 self._pick([generation], slots, logits)
+            elif self._tell_scores(generation):
+                self._end(generation, "length")
         return count
 
     def _decode_one(self, rows: Sequence[Generation]) -> None:
@@ -301,11 +303,10 @@ class Slots:
     def _take(self, generation: Generation, picked: Picked | None) -> None:
         """Go on with a request's next token."""
         if picked is None:
-            # Nor is anything else that comes of what the cache has of it.
-            self._end(generation, ModelFailed("the model's logits on this request are infinite, or no numbers"))
+            self._end(generation, ModelFailed(_UNSOUND))
             return
-        if not generation.tokens:
-            self._tell_scores(generation)
+        if not generation.tokens and not self._tell_scores(generation):
+            return
         generation.tokens.append(picked.token)
         if picked.token in generation.ends:
             if generation.scores is not None:  # who reads scores takes the last one for that of what was generated
@@ -316,11 +317,17 @@ class Slots:
         if generation.is_full(len(generation.tokens), self.length):
             self._end(generation, "length")
 
-    def _tell_scores(self, generation: Generation) -> None:
-        if generation.scores is not None:
-            found = [picked for scores in generation.scored for picked in scores.read()]
-            self._events.append((generation, Scored([Picked(generation.prompt[0]), *found])))
-            generation.scored.clear()
+    def _tell_scores(self, generation: Generation) -> bool:
+        """Tell how its prompt scores, if that was asked for; return whether it goes on."""
+        if generation.scores is None:
+            return True
+        found = [picked for scores in generation.scored for picked in scores.read()]
+        sound = [picked for picked in found if picked is not None]
+        if len(sound) < len(found):
+            self._end(generation, ModelFailed(_UNSOUND))
+            return False
+        self._events.append((generation, Scored([Picked(generation.prompt[0]), *sound])))
+        return True
 
     def _end(self, generation: Generation, why: str | Exception) -> None:
         self._leave(generation, has_failed=isinstance(why, Exception))

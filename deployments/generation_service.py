@@ -236,7 +236,7 @@ class GenerationService(Served):
             nonlocal is_first
             answers.tell(index, what)
             seconds = time.monotonic() - started
-            if is_first and isinstance(what, Picked):
+            if is_first and isinstance(what, Picked) and not what.is_end:
                 is_first = False
                 self._record(self._record_first_token, seconds)
 

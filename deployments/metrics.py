@@ -149,7 +149,7 @@ class ModelMetrics:
             self._run_ms.observe(seconds * 1e3)
         if step.prefilled:
             self._tokens.inc(step.prefilled, tags={"kind": "asked"})
-        if picked := sum(isinstance(what, Picked) for _, what in step.events):
+        if picked := sum(isinstance(what, Picked) and not what.is_end for _, what in step.events):
             self._tokens.inc(picked, tags={"kind": "generated"})
 
     def record_first_token(self, seconds: float) -> None:

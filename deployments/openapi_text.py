@@ -49,6 +49,7 @@ def completion_body(service: GenerationService) -> Json:
         {"prompt": prompt},
         logprobs={"type": ["integer", "null"], "minimum": 0, "maximum": MOST_LOGPROBS},
         echo={"type": "boolean"},
+        max_tokens={"type": "integer", "minimum": 0, "description": "0 with `echo` alone"},
     )
 
 
@@ -96,7 +97,7 @@ def _body(service: GenerationService, needed: Json, **own: Json) -> Json:
         "stream": {"type": "boolean"},
         "stream_options": {
             "type": "object",
-            "properties": {"include_usage": {"type": "boolean"}},
+            "properties": {"include_usage": {"type": "boolean"}, "include_obfuscation": {"enum": [False]}},
             "additionalProperties": False,
         },
         "user": _TEXT,

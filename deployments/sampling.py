@@ -136,15 +136,17 @@ class Scores:
 
     def __init__(self, tokens: Sequence[int], logits: torch.Tensor, most: int) -> None:
         self._tokens = tokens
-        given = to_device(tokens, torch.int64, logits.device)
-        self._arriving = ToHost(_tell(given, logits.float(), most))
+        given, logits = to_device(tokens, torch.int64, logits.device), logits.float()
+        self._arriving = ToHost([logits.amax(-1).isfinite(), *_tell(given, logits, most)])
 
-    def read(self) -> list[Picked]:
-        """Return the tokens with what was found; waits for it."""
-        own, likeliest, values = (copy.tolist() for copy in self._arriving.wait())
+    def read(self) -> list[Picked | None]:
+        """Return the tokens with what was found, or None for logits as `Picks.read` does; waits for it."""
+        are_sound, own, likeliest, values = (copy.tolist() for copy in self._arriving.wait())
         return [
-            Picked(token, logprob, tuple(zip(places, top, strict=True)))
-            for token, logprob, places, top in zip(self._tokens, own, likeliest, values, strict=True)
+            Picked(token, logprob, tuple(zip(places, top, strict=True))) if is_sound else None
+            for token, is_sound, logprob, places, top in zip(
+                self._tokens, are_sound, own, likeliest, values, strict=True
+            )
         ]
 
 

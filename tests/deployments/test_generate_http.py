@@ -294,6 +294,18 @@ def test_an_answer_may_begin_with_its_prompt(client: openai.OpenAI) -> None:
         assert found.text[offset : offset + len(token)] == token
 
 
+def test_where_a_prompts_tokens_begin_in_it(client: openai.OpenAI) -> None:
+    prompt = "user: <s>na\u00efve \U0001f600 \u4f60\u597d hello world</s>x"
+    how: dict[str, Any] = {"model": NAME, "prompt": prompt, "max_tokens": 2, "temperature": 0, "logprobs": 0}
+    found = client.completions.create(**how, echo=True).choices[0]
+    told = found.logprobs
+    assert found.text.startswith(prompt) and told and told.tokens and told.text_offset
+    assert told.text_offset == sorted(told.text_offset)
+    for token, offset in list(zip(told.tokens, told.text_offset, strict=True))[1:-2]:
+        assert found.text[offset : offset + len(token)] == token or "\ufffd" in token
+    assert told.text_offset[-2] == len(prompt)
+
+
 def test_an_end_token_is_scored_where_the_prompt_is(client: openai.OpenAI) -> None:
     """Else who leaves out the last score, of what was generated, would leave out one of the prompt's."""
     how: dict[str, Any] = {"model": NAME, "prompt": [5, 6, 7], "max_tokens": 1, "logit_bias": {"1": 100}, "logprobs": 1}

@@ -325,9 +325,47 @@ def test_greedy_answers_are_those_of_transformers_alone_and_in_any_mix(tmp_path:
         assert [[t for t in g.tokens if t not in generator.ends] for g in mixed] == expected
 
 
-@pytest.mark.parametrize("leaves", [False, True])
 @pytest.mark.parametrize("runs_ahead", [False, True])
-def test_what_is_no_number_stays_with_its_request(tmp_path: Path, runs_ahead: bool, leaves: bool) -> None:
+def test_a_slot_is_cleared_unless_the_last_logits_of_it_were_looked_at(runs_ahead: bool) -> None:
+    cleared: list[int] = []
+    run = Counting()
+    slots = Slots(
+        {4: run.prefill, 16: run.prefill}, run.decode, (8, 32), 1, 4, runs_ahead=runs_ahead, clear=cleared.append
+    )
+
+    def use(**more: Any) -> list[int]:
+        ask(slots, [1], 3, **more)
+        finish(slots)
+        cleared.clear()
+        ask(slots, [1], 3)
+        finish(slots)
+        return list(cleared)
+
+    assert use() == []
+    assert use(ends=frozenset([3])) == ([0] if runs_ahead else []), "one more row was run meanwhile"
+    run.fails_on = {3}
+    ask(slots, [1], 5)
+    finish(slots)
+    run.fails_on = set()
+    assert use() == [] and slots._unclear == set()
+    ask(slots, [1], 0)
+    finish(slots)
+    assert slots._unclear == {0}, "nobody has looked at any"
+    gone = ask(slots, [1], 9)
+    slots.step()
+    slots.step()
+    gone.gone = True
+    finish(slots)
+    assert slots._unclear == ({0} if runs_ahead else set())
+
+
+@pytest.mark.parametrize(
+    ("leaves", "scores", "most"), [(False, None, 5), (True, None, 5), (False, 1, 5), (False, 1, 0)]
+)
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_what_is_no_number_stays_with_its_request(
+    tmp_path: Path, runs_ahead: bool, leaves: bool, scores: int | None, most: int
+) -> None:
     """As float16 makes of a prompt that it is too small for; the next request finds nothing of it in the slot."""
     model = make_checkpoint(tmp_path, "qwen2")
     generator, args = load(tmp_path, batch_sizes=[1])
@@ -338,7 +376,7 @@ def test_what_is_no_number_stays_with_its_request(tmp_path: Path, runs_ahead: bo
         decode.decoder.embedding.weight[7] = torch.nan
     slots = make_real_slots(models, 1, (64, 256), (8, 32), "cpu")
     slots._runs_ahead = runs_ahead
-    bad = ask(slots, [3, 7, *[4] * 45], 5)
+    bad = ask(slots, [3, 7, *[4] * 45], most, scores=scores)
     good = ask(slots, [5, 6], 5, ends=generator.ends)
     if leaves:  # before all of its prompt is in the cache
         slots.step()
