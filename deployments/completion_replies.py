@@ -13,6 +13,7 @@ from typing import Any
 from deployments.completions import TextRequest
 from deployments.generation_service import Answers, GenerationService, Piece
 from deployments.sampling import Picked
+from deployments.text_stream import TextStream
 
 Json = dict[str, Any]
 Span = tuple[int, int]
@@ -61,8 +62,8 @@ class Reply(ABC):
                 by_index.setdefault(piece.index, []).append(piece)
         choices = []
         for index, found in sorted(by_index.items()):
-            choice = self._choice(index, "".join(piece.text for piece in found))
             logprobs = await self._write_logprobs(found)
+            choice = self._choice(index, "".join(piece.text for piece in found))
             choices.append({"index": index, **choice, "logprobs": logprobs, "finish_reason": found[-1].finish})
         return self._write(0, choices, usage=_usage(answers))
 
@@ -137,23 +138,24 @@ class CompletionReply(Reply):
 
     def _told(self, piece: Piece) -> Sequence[tuple[Picked, Span]]:
         if piece.prompt:
-            return list(zip(piece.prompt, self._spans(piece.prompt, self._echoes[piece.index]), strict=True))
+            return list(zip(piece.prompt, self._spans(piece.index, piece.prompt), strict=True))
         ahead = len(self._echoes[piece.index])
         return [(picked, (ahead + before, ahead + after)) for picked, (before, after) in super()._told(piece)]
 
-    def _spans(self, tokens: Sequence[Picked], prompt: str) -> Iterator[Span]:
-        """Yield where each token's text is in the prompt; what is not there, as part of a character, takes none."""
-        place = missed = 0
+    def _spans(self, index: int, tokens: Sequence[Picked]) -> Iterator[Span]:
+        """Yield how many characters of the prompt there are before each of its tokens, and with it."""
+        prompt, before = self.wanted.prompts[index // self.wanted.choices], 0
+        if isinstance(prompt, str):
+            for _, end in self._tokenizer.encode(prompt).offsets:  # 0 of what the tokenizer puts around it
+                after = max(before, end)
+                yield before, after
+                before = after
+            return
+        stream = TextStream(self._tokenizer)
         for one in tokens:
-            text = self._text_of(one.token)
-            text = text if place or prompt.startswith(text) else text.lstrip(" ")  # put before it by the tokenizer
-            found = prompt.find(text, place, place + missed + len(text))
-            if found < 0:
-                missed += len(text)
-                yield place, place
-            else:
-                place, missed = found + len(text), 0
-                yield found, place
+            before = stream.length
+            stream.add(one.token)
+            yield before, stream.length
 
     def _logprobs(self, told: Sequence[tuple[Picked, Span]]) -> Json:
         texts = [self._text_of(one.token) for one, _ in told]

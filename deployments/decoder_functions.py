@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -71,11 +71,11 @@ def make_slots(
 
 
 @torch.no_grad()
-def _score(decoder: Decoder, inputs: Inputs, given: Sequence[int], most: int) -> list[Scores]:
-    """Return how the tokens score that follow those of a piece of a prompt, some at a time: logits are many."""
+def _score(decoder: Decoder, inputs: Inputs, given: Sequence[int], most: int) -> Iterator[Scores]:
+    """Yield how the tokens score that follow those of a piece of a prompt, some at a time: logits are many."""
     hidden = decoder(*inputs)[0, : len(given)]
-    parts = zip(hidden.split(_SCORED), range(0, len(given), _SCORED), strict=False)  # of nothing there is one part
-    return [Scores(given[i : i + _SCORED], decoder.head(part), most) for part, i in parts]
+    for i in range(0, len(given), _SCORED):
+        yield Scores(given[i : i + _SCORED], decoder.head(hidden[i : i + _SCORED]), most)
 
 
 def _decoding(decoder: Decoder) -> Example:

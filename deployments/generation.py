@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -57,7 +57,8 @@ class Generation:
     ends: frozenset[int] = frozenset()
     """Tokens that end the answer, and are not part of it."""
     scores: int | None = None
-    """How many of the likeliest tokens are told for each place of the prompt; None is nothing of it at all."""
+    """How many of the likeliest tokens are told for each place of the prompt, and with it of its end token; None is
+    nothing of either."""
     tell: Callable[[What], None] = lambda what: None
     gone: bool = False
     slot: int = -1
@@ -67,7 +68,7 @@ class Generation:
     picked: int = 0
     """Tokens that were picked for it, also those that are not known yet."""
     scored: list[Scores] = field(default_factory=list)
-    """What is known of its prompt so far; its end token is told of with that, too."""
+    """What is under way of that."""
     tokens: list[int] = field(default_factory=list)
     """What it generated, as far as it is known; the last that was picked is not in the cache yet."""
 
@@ -83,7 +84,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Step:
-    """What came of a step: the rows it decoded, the tokens it prefilled, and an event for each request it can tell of.
+    """What came of a step: the rows it decoded, the tokens it prefilled, and the events of requests it can tell of.
 
     Where slots run ahead, the events are mostly of the step before.
     """
@@ -116,7 +117,7 @@ class Slots:
         *,
         runs_ahead: bool = False,
         clear: Callable[[int], None] = lambda slot: None,
-        score: Callable[..., Sequence[Scores]] | None = None,
+        score: Callable[..., Iterable[Scores]] | None = None,
     ) -> None:
         self._prefills = dict(sorted(prefills.items()))
         self._decode = decode
@@ -130,6 +131,7 @@ class Slots:
         self._free = list(range(slots))
         self._clear, self._score = clear, score
         self._unclear: set[int] = set()  # slots that may have what is no number
+        self._lost: list[list[Scores]] = []
         self._arrived: deque[Generation] = deque()  # what other threads put in, one call at a time
         self._new: deque[Generation] = deque()
         self._filling: Generation | None = None
@@ -176,7 +178,7 @@ class Slots:
         everyone = [*self._running, *([self._filling] if self._filling else []), *self._new]
         self._new.clear()
         # What is unread stays: to free memory that a broken GPU was to copy to would end the process.
-        self._lost = [generation.scored for generation in everyone]
+        self._lost += [generation.scored for generation in everyone]
         for generation in everyone:
             self._end(generation, error)
         return Step(self._take_events())
@@ -322,6 +324,7 @@ class Slots:
         if generation.scores is None:
             return True
         found = [picked for scores in generation.scored for picked in scores.read()]
+        generation.scored.clear()
         sound = [picked for picked in found if picked is not None]
         if len(sound) < len(found):
             self._end(generation, ModelFailed(_UNSOUND))

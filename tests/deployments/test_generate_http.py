@@ -294,8 +294,17 @@ def test_an_answer_may_begin_with_its_prompt(client: openai.OpenAI) -> None:
         assert found.text[offset : offset + len(token)] == token
 
 
-def test_where_a_prompts_tokens_begin_in_it(client: openai.OpenAI) -> None:
-    prompt = "user: <s>na\u00efve \U0001f600 \u4f60\u597d hello world</s>x"
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "user: <s>na\u00efve \U0001f600 \u4f60\u597d hello world</s>x",
+        "a \U0001f600 1 = x",
+        "\U0001f600 hello",
+        " 1 + 1 = 2",
+        "Cafe\u0301 au lait",
+    ],
+)
+def test_where_a_prompts_tokens_begin_in_it(client: openai.OpenAI, prompt: str) -> None:
     how: dict[str, Any] = {"model": NAME, "prompt": prompt, "max_tokens": 2, "temperature": 0, "logprobs": 0}
     found = client.completions.create(**how, echo=True).choices[0]
     told = found.logprobs
