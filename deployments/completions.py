@@ -38,18 +38,10 @@ _IDLE: Mapping[str, Any] = {
 }
 #: Fields that change no answer.
 _IGNORED = (
-    *(
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prompt_cache_options",
-    ),
-    *("safety_identifier", "parallel_tool_calls"),
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
 )
-#: Fields of a chat's message that are served where they are null.
+#: Fields of a chat's message that are taken where they are null or empty.
 _OF_TOOLS = ("tool_calls", "tool_call_id", "function_call", "audio")
 
 

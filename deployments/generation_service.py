@@ -33,8 +33,8 @@ _WORK = 64
 class Piece:
     """Some text of an answer as it becomes certain: of its `index`, with the token that brought it.
 
-    The last one has `finish`: `stop` or `length`. `span` is how many characters there
-    were before its token and after, some of them held back.
+    The last one has `finish`: `stop` or `length`. `span` is how many characters there were before its token and after,
+    some of them held back.
     """
 
     index: int

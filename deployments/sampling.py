@@ -137,7 +137,7 @@ class Scores:
     def __init__(self, tokens: Sequence[int], logits: torch.Tensor, most: int) -> None:
         self._tokens = tokens
         given, logits = to_device(tokens, torch.int64, logits.device), logits.float()
-        self._arriving = ToHost([logits.amax(-1).isfinite(), *_tell(given, logits, most)])
+        self._arriving = ToHost([_are_sound(logits), *_tell(given, logits, most)])
 
     def read(self) -> list[Picked | None]:
         """Return the tokens with what was found, or None for logits as `Picks.read` does; waits for it."""
@@ -172,8 +172,12 @@ def pick(samplers: Sequence[Sampler], logits: torch.Tensor) -> Picks:
         told = _tell(_rows(tokens, list(telling)), _rows(own, list(telling)), max(telling.values()))
     for sampler in samplers:
         sampler.go_on()
-    # What some number of a row is not, its largest is not either.
-    return Picks(samplers, tokens, own.amax(-1).isfinite(), telling, told)
+    return Picks(samplers, tokens, _are_sound(own), telling, told)
+
+
+def _are_sound(logits: torch.Tensor) -> torch.Tensor:
+    """Say of each row whether it is one of numbers: NaN or infinity would be its largest. [R, V] -> [R]."""
+    return logits.amax(-1).isfinite()
 
 
 def _rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

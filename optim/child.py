@@ -223,7 +223,7 @@ def be_a_child(work: Callable[[Path, IO[bytes]], None]) -> None:
         # What a compiler left running must not keep the process from ending, however the work ended.
         try:
             work(Path(folder), pipe)
-        except Exception:
+        except Exception:  # whatever engines and the module raise; the parent tells the last line of it
             traceback.print_exc()
             os._exit(1)
         os._exit(0)

@@ -24,10 +24,12 @@ import torch
 
 from optim import pages
 from optim.errors import describe
-from optim.private import NotPrivate, require_private
+from optim.private import why_unusable
 from optim.scratch import Scratch
 
 logger = logging.getLogger(__name__)
+
+_INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,6 @@ def inspect_device(device: torch.device) -> DeviceInfo:
     return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
 
 
-_INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
-
-
 @cache
 def ensure_cache_folder() -> str | None:
     """See to it, once a process, that Inductor's cache is this user's; return what was done, if something had to be.
@@ -116,14 +115,14 @@ def ensure_cache_folder() -> str | None:
     default = Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}"
     # Anybody can put a link where the default is, which is what Dynamo asks for once it was imported.
     folder = Path(asked).resolve() if asked and Path(asked) != default else default
-    why = _why_not(folder)
+    why = why_unusable(folder)
     if why is None:
         if asked is not None:
             os.environ[_INDUCTOR_FOLDER] = str(folder)  # what was looked at, wherever a link will lead to
         return None
     # Not of this process alone: beside a torch that has made its own for a group, the next start is to find it, too.
     own = Path(tempfile.gettempdir()) / f"pt2-inductor-{os.getuid()}"
-    if _why_not(own) is not None:
+    if why_unusable(own) is not None:
         scratch = Scratch("inductor")
         atexit.register(scratch.remove)  # which keeps it until then
         own = scratch.path
@@ -131,19 +130,6 @@ def ensure_cache_folder() -> str | None:
     note = f"Inductor's cache folder {why}; {own} is used instead"
     logger.warning(note)
     return note
-
-
-def _why_not(folder: Path) -> str | None:
-    """Make a folder for Inductor's cache; return why it cannot be used, if so."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        require_private(folder)
-        with tempfile.TemporaryFile(dir=folder):
-            return None
-    except OSError as error:
-        return f"{folder} cannot be written ({error.strerror})"
-    except NotPrivate as error:
-        return str(error)
 
 
 def _user_name() -> str:

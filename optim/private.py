@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 
@@ -20,3 +21,16 @@ def require_private(path: Path) -> None:
         raise NotPrivate(f"{path} belongs to user {found.st_uid}, not to {os.getuid()}")
     if found.st_mode & 0o022:
         raise NotPrivate(f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); remove it")
+
+
+def why_unusable(folder: Path) -> str | None:
+    """Make a folder that this user alone can write to; return why it cannot be used as one, if so."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_private(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror})"
+    except NotPrivate as error:
+        return str(error)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from optim.errors import describe
-from optim.private import NotPrivate, require_private
+from optim.private import require_private, why_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -129,16 +129,13 @@ def keep_headers_private() -> None:
     try:
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-        try:
-            folder = Path(default_cache_dir())
-            folder.mkdir(mode=0o700, exist_ok=True)
-            require_private(folder)
-        except (OSError, NotPrivate) as reason:
+        why = why_unusable(Path(default_cache_dir()))
+        if why is not None:
             from torch._inductor import codecache
 
             headers = _cache_folder() / "precompiled_headers"
             codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(headers), str(headers / "locks")
-            logger.info("precompiled headers go to %s: %s", headers, reason)
+            logger.info("precompiled headers go to %s: %s", headers, why)
     except Exception as error:  # a torch that does it otherwise; many an engine has no headers
         logger.warning("where Inductor has its precompiled headers is not known: %s: %s", *describe(error, 300))
 
