@@ -30,6 +30,10 @@ MOST = 4
 #: Streams are kept where some bucket does this much of the work on them. So little is asked of a quiet machine since
 #: under load, when a run on all threads waits for each of them, they gain 1.2 to 1.4 (issue 4).
 WORTH_IT = 0.87
+#: How much a machine's speed may drift between the two times that a run on all threads is timed. More than this is
+#: other processes': beside three busy ones on two cores such a run waits for the thread that has no core, and took 200
+#: times as long as a run on one thread, which then seemed to cost nothing and stayed so in the plan (issue 5).
+_MOST_DRIFT = 2.0
 
 
 class NoStreams(Exception):
@@ -123,8 +127,10 @@ def _measure(
     for bucket, lane in sorted(built.items()):
         whole, beside = time_streams(lanes[bucket].run, lane.run, job.samples[bucket], count, threads)
         row = next(row for row in report.buckets if row.bucket == bucket)
+        ms = row.ms or whole
+        whole = min(whole, ms * _MOST_DRIFT)
         # On the scale of the row's own figure, so that the drift of the machine since then cancels.
-        costs[bucket] = (row.ms or whole) * beside / whole
+        costs[bucket] = ms * beside / whole
         row.stream_ms, row.stream_gain = round(costs[bucket], 3), round(count * whole / beside, 3)
     return costs
 

@@ -92,11 +92,21 @@ def test_more_streams_than_threads_are_refused(count: Any) -> None:
 
 @pytest.mark.parametrize("backend", ENGINES[:1])
 def test_streams_that_do_not_pay_are_given_up(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optim.streams.time_streams", lambda *args: (1.0, 2.5))
+    monkeypatch.setattr("optim.streams.time_streams", lambda *args: (1e-4, 2.5e-4))
     model = build(models.Mlp(), models.features, backend, streams=None)
     assert model.streams is None
     assert model.report.streams == 1
     assert "one run at a time: 2 runs at a time do no more than 0.80 times" in " ".join(model.report.notes)
+
+
+@pytest.mark.parametrize("backend", ENGINES[:1])
+def test_a_run_that_other_processes_stalled_makes_no_stream_look_free(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optim.streams.time_streams", lambda *args: (1e6, 0.1))
+    model = build(models.Mlp(), models.features, backend)
+    assert model.streams is not None, model.report.notes
+    assert all(cost == pytest.approx(0.05) for cost in model.streams.model.costs.values())
 
 
 @pytest.mark.parametrize("backend", ENGINES[:1])
