@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from optim import CompiledModel, compile_model
+from optim.verify import compare
 from tests.support.models import Mlp, SmallCnn, features, images
 
 
@@ -25,8 +26,8 @@ def ask(
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_row_is_its_own_and_more_are_not(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_one_row_is_its_own_and_more_are_not(dtype: torch.dtype, most: float) -> None:
     module = Mlp().eval().to(dtype)
     model = ask(module, [1, 4], dtype)
     assert model.report.engines() == {"1": "inductor-gemv", "4": "eager"}
@@ -35,7 +36,7 @@ def test_one_row_is_its_own_and_more_are_not(dtype: torch.dtype) -> None:
     ]
     for rows in (1, 4):
         x = features(rows)[0].to(dtype)
-        torch.testing.assert_close(model(x), module(x))
+        assert compare(model(x), module(x)).max_abs < most
     assert model.report.after_ready.compilations == model.report.after_ready.failed_runs == 0
     assert [type(layer) for layer in module.layers] == [nn.Linear, nn.ReLU, nn.Linear]
 
