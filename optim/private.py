@@ -13,7 +13,11 @@ class NotPrivate(Exception):
 
 
 def require_private(path: Path) -> None:
-    """Raise NotPrivate where somebody else could have put files into a folder, OSError where there is none."""
+    """Raise NotPrivate where somebody else could have put files into a folder, OSError where there is none.
+
+    The folders above it are not looked at: Kubernetes' emptyDir, where caches of containers are, can be written by all
+    and has no sticky bit, and nobody else is there (issue 5).
+    """
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise NotPrivate(f"{path} is not a folder")

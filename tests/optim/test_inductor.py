@@ -91,7 +91,7 @@ def test_ahead_of_time_packages_are_kept_for_the_next_start(monkeypatch: pytest.
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_again)
     model = compile_model(models.SmallCnn(), models.images, section, batch_sizes=(1, 3), device="cpu")
-    assert (made.report.start, model.report.start) == ("cold", "warm")
+    assert (made.report.start, model.report.start) == ("cold", "warm"), model.report.notes
     assert set(model.report.engines().values()) == {"aot"}, model.report.all_refusals()
 
 

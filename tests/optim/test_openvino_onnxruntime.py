@@ -186,7 +186,7 @@ def test_openvino_takes_no_size_between_buckets_that_it_would_answer_wrongly(
         cold, again = (padded_openvino(module, how=how, streams=2) for _ in range(2))
     finally:
         torch.set_num_threads(before)
-    assert again.report.start == "warm"
+    assert again.report.start == "warm", again.report.notes
     for model in (cold, again):
         assert model.streams is not None, model.report.notes
         assert model.streams.model.pads

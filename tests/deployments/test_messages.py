@@ -1,0 +1,94 @@
+"""JSON is read and written as the standard library does it, whatever is faster."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.errors import BadRequest
+from deployments.messages import read_json, to_json_bytes
+
+NUMBERS = st.one_of(
+    st.integers(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False), st.booleans()
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), NUMBERS, st.text(st.characters(exclude_categories=()), max_size=20)),
+    lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(st.text(max_size=5), inner, max_size=4)),
+    max_leaves=20,
+)
+DAMAGE = [*(bytes([byte]) for byte in b'"\\[]{},:.-+eE019nu \x00\xff'), b"NaN", b"1e999", b"0" * 20]
+SPACE = st.sampled_from(["", " ", "\n", "\t\r "])
+
+
+def know(body: bytes) -> Any:
+    """Return what the standard library reads; ValueError or RecursionError where that is nothing."""
+    return json.loads(body.decode("utf-8-sig"))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Say whether two values are the same, types and signs of zero included."""
+    return repr(one) == repr(other)
+
+
+@given(VALUES, SPACE, st.booleans())
+def test_what_python_writes_is_read(value: Any, space: str, ascii_only: bool) -> None:
+    text = space + json.dumps(value, ensure_ascii=ascii_only, separators=("," + space, space + ":")) + space
+    try:
+        body = text.encode()
+    except UnicodeEncodeError:
+        body = json.dumps(value).encode()
+    assert same(read_json(body), value)
+
+
+@given(VALUES, st.data())
+def test_a_damaged_body_is_read_as_the_standard_library_reads_it(value: Any, data: st.DataObject) -> None:
+    body = bytearray(json.dumps(value).encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(body)))
+        body[at : at + data.draw(st.integers(0, 1))] = data.draw(st.sampled_from(DAMAGE))
+    damaged = bytes(body)
+    try:
+        want = know(damaged)
+    except (ValueError, RecursionError):
+        with pytest.raises(BadRequest, match="the body is not JSON"):
+            read_json(damaged, with_nan=True)
+    else:
+        assert same(read_json(damaged, with_nan=True), want)
+
+
+@given(VALUES)
+def test_what_is_written_is_what_it_was(value: Any) -> None:
+    assert same(know(to_json_bytes(value)), value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan")])
+def test_what_json_does_not_have_is_refused_wherever_it_stands(value: float) -> None:
+    for content in (value, [1.0, value], {"a": [None, {"b": value}]}, ["null", value]):
+        with pytest.raises(ValueError):
+            to_json_bytes(content)
+
+
+@pytest.mark.parametrize("body", [b"[NaN]", b'{"a":-Infinity}', b"Infinity"])
+def test_only_some_readers_take_what_json_does_not_have(body: bytes) -> None:
+    with pytest.raises(BadRequest, match="is no JSON value"):
+        read_json(body)
+    assert same(read_json(body, with_nan=True), know(body))
+
+
+def test_keys_and_figures_that_python_writes_are_written() -> None:
+    assert to_json_bytes({2: np.float64(0.5), None: (2**70,), True: "\u2028\ud800"}) == (
+        b'{"2":0.5,"null":[1180591620717411303424],"true":"\\u2028\\ud800"}'
+    )
+    assert to_json_bytes({"a": [1e-05, 1.0, 1e22, "é", None]}) == '{"a":[1e-05,1.0,1e+22,"é",null]}'.encode()
+
+
+def test_what_cannot_be_written_is_named() -> None:
+    with pytest.raises(TypeError, match=re.escape("Object of type ndarray is not JSON serializable")):
+        to_json_bytes({"a": np.zeros(2)})
