@@ -28,7 +28,7 @@ def to_json_bytes(content: Any) -> bytes:
     """Return compact JSON in UTF-8; ValueError where there is NaN or infinity, which JSON does not have."""
     try:
         body = _FAST_ENCODER.encode(content)
-    except (TypeError, ValueError, RecursionError):  # the other one takes more, such as NumPy's float64, or says why not
+    except (TypeError, ValueError, RecursionError):  # the other one takes more (NumPy's float64), or says why not
         return _write_slowly(content)
     return _write_slowly(content) if b"null" in body else body  # which msgspec makes of NaN too
 
