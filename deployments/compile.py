@@ -100,7 +100,8 @@ def _for_decoders(pt2: Pt2Config, device: str, phase: str) -> Pt2Config:
 def slots_of(models: Mapping[str, CompiledModel], generator: TextGenerator, args: ModelArgs) -> Slots:
     """Return the slots that run what `compile_generator` returned."""
     spans = sorted(args.batching.lengths or ())
-    return make_slots(models, max(args.batching.batch_sizes), spans, generator.pieces, models["decode"].device)
+    device, slots = models["decode"].device, max(args.batching.batch_sizes)
+    return make_slots(models, slots, spans, generator.pieces, device, reuse=generator.reuse)
 
 
 def compile_all(

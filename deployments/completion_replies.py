@@ -218,4 +218,9 @@ def _write_logprob(logprob: float | None) -> float:
 
 def _usage(answers: Answers) -> Json:
     prompt, tokens = answers.prompt_tokens, answers.tokens
-    return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": tokens,
+        "total_tokens": prompt + tokens,
+        "prompt_tokens_details": {"cached_tokens": answers.reused_tokens},
+    }

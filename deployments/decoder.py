@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,11 +170,20 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos.to(weight), persistent=False)
         self.register_buffer("sin", sin.to(weight), persistent=False)
 
-    def clear(self, slot: int) -> None:
-        """Empty a slot of the cache: what is no number there makes none of all that is multiplied with it, by 0 too."""
+    def clear(self, slot: int, start: int = 0) -> None:
+        """Empty a slot from a place on: what is no number makes none of all that is multiplied with it, by 0 too."""
+        for cache in self._caches():
+            cache[slot, :, start:].zero_()
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first places of a slot to another."""
+        for cache in self._caches():
+            cache[target, :, :count].copy_(cache[source, :, :count])
+
+    def _caches(self) -> Iterator[torch.Tensor]:
         for layer in self.layers:
-            for name in ("keys", "values"):
-                getattr(layer.attention, name)[slot].zero_()
+            yield layer.attention.keys  # type: ignore[union-attr, misc]
+            yield layer.attention.values  # type: ignore[misc]
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor

@@ -48,9 +48,18 @@ def make_functions(
 
 
 def make_slots(
-    runs: Mapping[str, Run], slots: int, spans: Sequence[int], pieces: Sequence[int], device: torch.device | str
+    runs: Mapping[str, Run],
+    slots: int,
+    spans: Sequence[int],
+    pieces: Sequence[int],
+    device: torch.device | str,
+    *,
+    reuse: bool = False,
 ) -> Slots:
-    """Return slots that run the functions, compiled or not; the least piece is run while others generate."""
+    """Return slots that run the functions, compiled or not; the least piece is run while others generate.
+
+    With `reuse` no beginning of a prompt is run that a slot has.
+    """
     prefills = {size: runs[f"prefill {size}"] for size in pieces}
     on_gpu = torch.device(device).type == "cuda"  # a CPU has nothing to do meanwhile
     decode = runs["decode"]
@@ -66,6 +75,7 @@ def make_slots(
         device,
         runs_ahead=on_gpu,
         clear=torch.no_grad()(decoder.clear),
+        copy=torch.no_grad()(decoder.copy) if reuse else None,
         score=partial(_score, decoder),
     )
 

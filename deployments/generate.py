@@ -42,7 +42,8 @@ class TextGenerator(Model):
     checkpoint was made for, 4096 at most. `prefill` are the sizes of the pieces in which prompts are run, the least of
     them while others generate. `dtype` is by default float32 on a CPU and bfloat16 on a GPU. With `quantize: int8`
     weights have eight bits and the rest is bfloat16, where the perplexity of a fixed text stays within 1 % of what it
-    is in float32; else it is served as without, which log and report say.
+    is in float32; else it is served as without, which log and report say. With `reuse`, prompts that begin alike are
+    run once while a slot has that (which who asks can tell, by the time and the usage of an answer).
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class TextGenerator(Model):
         prefill: Sequence[int] = (32, 256),
         dtype: str | None = None,
         quantize: str | None = None,
+        reuse: bool = True,
     ) -> None:
         self.folder = Path(checkpoint)
         if not self.folder.is_dir():
@@ -75,6 +77,8 @@ class TextGenerator(Model):
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(_DTYPES)}")
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize: {quantize!r} is not int8")
+        if not isinstance(reuse, bool):
+            raise ValueError(f"reuse: {reuse!r} is not true or false")
         if quantize is not None and dtype not in (None, "bfloat16"):
             raise ValueError(f"dtype: {dtype!r} does not go with quantize; leave it out, it is bfloat16 then")
         self.length = length or min(longest, _LONGEST)
@@ -85,6 +89,8 @@ class TextGenerator(Model):
         ends = config.get("eos_token_id", _ENDS.get(str(config.get("model_type")))) if ends is None else ends
         #: The tokens that end an answer.
         self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        #: Whether a request takes over what another one has left of the beginning of its prompt.
+        self.reuse = reuse
         self._dtype = dtype
         self._quantize = quantize
         #: What is worth knowing about how it was loaded.

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from deployments.errors import ModelFailed
+from deployments.prefixes import FreeSlots
 from deployments.sampling import Picked, Picks, Sampler, Scores, pick
 from deployments.transfers import to_device
 from optim import is_device_error
@@ -65,6 +66,8 @@ class Generation:
     """Its part of the cache."""
     done: int = 0
     """Tokens of it that are in the cache."""
+    reused: int = 0
+    """Tokens of the prompt that another request had left there."""
     picked: int = 0
     """Tokens that were picked for it, also those that are not known yet."""
     scored: list[Scores] = field(default_factory=list)
@@ -76,6 +79,11 @@ class Generation:
     def is_prefilled(self) -> bool:
         """Whether all of its prompt is in the cache."""
         return self.done >= len(self.prompt)
+
+    @property
+    def cached(self) -> Sequence[int]:
+        """The tokens that are in the cache, as far as they are known."""
+        return [*self.prompt, *self.tokens][: self.done]
 
     def is_full(self, tokens: int, length: int) -> bool:
         """Whether so many tokens are all of its answer, where prompt and answer may have `length` together."""
@@ -92,6 +100,8 @@ class Step:
     events: Sequence[tuple[Generation, What]]
     rows: int = 0
     prefilled: int = 0
+    reused: int = 0
+    """Tokens of a prompt that had not to be prefilled."""
 
 
 class Slots:
@@ -104,6 +114,9 @@ class Slots:
     With `runs_ahead` a step tells what the one before it picked, while the device does what it has queued: the tokens
     themselves never have to come to the CPU in between. A request that ends with one of its `ends` has had one row too
     many by then, which nobody sees.
+
+    With `copy` a request that begins as another one did, in pieces of the least prefill, does not run that again; but
+    for one that asks how its prompt scores. `clear` empties a slot from a token on.
     """
 
     def __init__(
@@ -116,7 +129,8 @@ class Slots:
         device: torch.device | str = "cpu",
         *,
         runs_ahead: bool = False,
-        clear: Callable[[int], None] = lambda slot: None,
+        clear: Callable[[int, int], None] = lambda slot, start: None,
+        copy: Callable[[int, int, int], None] | None = None,
         score: Callable[..., Iterable[Scores]] | None = None,
     ) -> None:
         self._prefills = dict(sorted(prefills.items()))
@@ -128,8 +142,8 @@ class Slots:
         self._places = torch.arange(self._spans[-1] + max(self._prefills), device=self._device)
         self._latest = torch.zeros(slots, dtype=torch.int64, device=self._device)  # the last token of each slot
         self._unread: deque[tuple[Sequence[Generation], Picks]] = deque()
-        self._free = list(range(slots))
-        self._clear, self._score = clear, score
+        self._free = FreeSlots(slots, min(self._prefills))
+        self._clear, self._copy, self._score = clear, copy, score
         self._unclear: set[int] = set()  # slots that may have what is no number
         self._lost: list[list[Scores]] = []
         self._arrived: deque[Generation] = deque()  # what other threads put in, one call at a time
@@ -154,23 +168,21 @@ class Slots:
     def step(self) -> Step:
         """Do one step; what a request raises ends that request alone, unless the device failed."""
         self._sweep()
+        reused = 0
         if self._filling is None and self._free and self._new:
             self._filling = self._new.popleft()
-            self._filling.slot = slot = self._free.pop(0)
-            if slot in self._unclear:
-                self._clear(slot)
-                self._unclear.discard(slot)
+            reused = self._place(self._filling)
         rows = [one for one in self._running if not one.is_full(one.picked, self.length)]  # the others' last is unread
         if self._filling is not None and not (self._owes_token and rows):
             # By itself, so that a first token is not held back by everybody's next one.
             prefilled, self._owes_token = self._prefill(self._filling, alone=not rows), True
             self._read(ahead=1 if rows or self._filling is None else 0)  # of a piece nothing is picked but of the last
-            return Step(self._take_events(), prefilled=prefilled)
+            return Step(self._take_events(), prefilled=prefilled, reused=reused)
         self._owes_token = False
         if rows:
             self._decode_one(rows)
         self._read(ahead=1 if rows else 0)
-        return Step(self._take_events(), len(rows))
+        return Step(self._take_events(), len(rows), reused=reused)
 
     def fail(self, error: Exception) -> Step:
         """End every request with an error."""
@@ -198,6 +210,20 @@ class Slots:
     def _take_in(self) -> None:
         while self._arrived:
             self._new.append(self._arrived.popleft())
+
+    def _place(self, generation: Generation) -> int:
+        """Give a request a slot, with the tokens of its prompt that the cache has already; return how many."""
+        others = None
+        if self._copy is not None and (generation.scores is None or self._score is None):
+            others = {one.slot: one.cached for one in self._running}
+        place = self._free.take(generation.prompt, others)
+        generation.slot, generation.done, generation.reused = place.slot, place.count, place.count
+        if place.slot in self._unclear:
+            self._clear(place.slot, place.count if place.source == place.slot else 0)
+            self._unclear.discard(place.slot)
+        if self._copy is not None and place.source != place.slot:
+            self._copy(place.source, place.slot, place.count)
+        return place.count
 
     def _prefill(self, generation: Generation, *, alone: bool) -> int:
         """Run a piece of a prompt, a small one where others generate; return its tokens."""
@@ -346,6 +372,5 @@ class Slots:
             was_read = 0 < generation.picked == len(generation.tokens)
             if has_failed or not was_read:
                 self._unclear.add(generation.slot)
-            self._free.append(generation.slot)
-            self._free.sort()
+            self._free.give_back(generation.slot, () if has_failed else generation.cached)
             generation.slot = -1

@@ -53,6 +53,7 @@ class Answers:
         self,
         prompt_tokens: int,
         streams: Sequence[TextStream],
+        choices: int,
         count: Callable[[str], None],
         tell_time: Callable[[float], None],
     ) -> None:
@@ -60,6 +61,7 @@ class Answers:
         self._tell_time = tell_time
         self.prompt_tokens = prompt_tokens
         self.tokens = 0
+        self._choices = choices
         self._streams = dict(enumerate(streams))
         self._count = count
         self._told: asyncio.Queue[tuple[int, What]] = asyncio.Queue()
@@ -77,6 +79,11 @@ class Answers:
         for generation in self.generations:
             generation.gone = True
         self._stack.close()
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of the prompts that the cache had, each prompt counted once as in `prompt_tokens`."""
+        return sum(generation.reused for generation in self.generations[:: self._choices])
 
     def hold(self, held: AbstractContextManager[Any]) -> None:
         """Enter a context that ends with these."""
@@ -210,7 +217,7 @@ class GenerationService(Served):
             stack.enter_context(self.admission.hold_rows(asked))
             prompts = await self.aside(_WORK * wanted.size, self._encode, wanted)
             streams = [TextStream(self.generator.tokenizer, wanted.stops) for _ in range(asked)]
-            answers = Answers(sum(map(len, prompts)), streams, self._count, self._take_time)
+            answers = Answers(sum(map(len, prompts)), streams, wanted.choices, self._count, self._take_time)
             answers.hold(stack.pop_all())
         try:
             for index in range(asked):

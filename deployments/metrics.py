@@ -51,7 +51,7 @@ class ModelMetrics:
         )
         self._tokens = Counter(
             "pt2_tokens_total",
-            "Tokens that ran (rows, where there is no length), by kind: asked for, padding, or generated.",
+            "Tokens that ran (rows, where there is no length), by kind: asked for, padding, or generated; or reused.",
             tag_keys=("model", "kind"),  # type: ignore[arg-type]
         )
         self._eager_buckets = Gauge(
@@ -149,6 +149,8 @@ class ModelMetrics:
             self._run_ms.observe(seconds * 1e3)
         if step.prefilled:
             self._tokens.inc(step.prefilled, tags={"kind": "asked"})
+        if step.reused:
+            self._tokens.inc(step.reused, tags={"kind": "reused"})
         if picked := sum(isinstance(what, Picked) and not what.is_end for _, what in step.events):
             self._tokens.inc(picked, tags={"kind": "generated"})
 

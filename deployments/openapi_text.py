@@ -26,7 +26,10 @@ _WHOLE: Json = {"type": "integer", "minimum": 1}
 _EVENT: Json = {"type": "object", "properties": {"data": _TEXT}, "required": ["data"]}
 _USAGE: Json = {
     "type": "object",
-    "properties": {key: {"type": "integer"} for key in ("prompt_tokens", "completion_tokens", "total_tokens")},
+    "properties": {
+        **{key: {"type": "integer"} for key in ("prompt_tokens", "completion_tokens", "total_tokens")},
+        "prompt_tokens_details": {"type": "object", "properties": {"cached_tokens": {"type": "integer"}}},
+    },
     "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
 }
 

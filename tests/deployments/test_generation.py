@@ -330,7 +330,13 @@ def test_a_slot_is_cleared_unless_the_last_logits_of_it_were_looked_at(runs_ahea
     cleared: list[int] = []
     run = Counting()
     slots = Slots(
-        {4: run.prefill, 16: run.prefill}, run.decode, (8, 32), 1, 4, runs_ahead=runs_ahead, clear=cleared.append
+        {4: run.prefill, 16: run.prefill},
+        run.decode,
+        (8, 32),
+        1,
+        4,
+        runs_ahead=runs_ahead,
+        clear=lambda slot, start: cleared.append(slot),
     )
 
     def use(**more: Any) -> list[int]:

@@ -1,0 +1,187 @@
+"""A request that begins as another one did takes over what the cache has, and gets the answer that it gets alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.compile import compile_generator
+from deployments.decoder import DecodeOne, Decoder
+from deployments.decoder_functions import make_slots
+from deployments.generation import Generation, Scored, Slots
+from deployments.prefixes import FreeSlots, Place
+from deployments.sampling import Picked
+from tests.deployments.test_generation import ask, finish, load
+from tests.support.checkpoints import greedy, make_checkpoint
+
+
+def test_a_free_slot_is_given_away_with_what_it_has_where_that_is_mostly_the_prompts() -> None:
+    free = FreeSlots(3, 4)
+    for tokens in ([1] * 9, [2] * 40, [3] * 5):
+        free.give_back(free.take([0]).slot, tokens)
+    assert free.take([1] * 20, {}) == Place(0, 0, 8)
+    assert free.take([2] * 6, {}) == Place(2, 1, 4), "a small part of what slot 1 has, which stays there"
+    free.give_back(0, [1] * 9)
+    assert free.take([2] * 6, {2: [2] * 6}) == Place(0, 1, 4), "a free one first, then one that runs"
+    assert free.take([2] * 6, {0: [2] * 6, 2: [2] * 6}) == Place(1, 1, 4), "the last one is taken as it is"
+    assert not free
+
+
+def test_whole_pieces_are_reused_and_one_token_is_left_to_run() -> None:
+    for tokens, prompt, count in (
+        ([1] * 8, [1] * 8, 4),
+        ([1] * 8, [1] * 9, 8),
+        ([1] * 8, [1, 1, 1, 1, 1, 1, 2, 1, 1], 4),
+        ([1, 1, 2], [1, 1, 2, 3, 4], 0),
+        ([], [1] * 8, 0),
+    ):
+        free = FreeSlots(1, 4)
+        free.give_back(free.take([0]).slot, tokens)
+        assert free.take(prompt, {}) == Place(0, 0, count), (tokens, prompt)
+    free.give_back(0, [1] * 8)
+    assert free.take([1] * 9) == Place(0, 0, 0), "not without others"
+
+
+def test_the_slot_that_has_been_free_for_longest_is_taken() -> None:
+    free = FreeSlots(3, 4)
+    assert [free.take([1], {}).slot for _ in range(3)] == [0, 1, 2]
+    for slot in (1, 2, 0):
+        free.give_back(slot, ())
+    assert [free.take([1], {}).slot for _ in range(3)] == [1, 2, 0]
+
+
+class Model:
+    """A small checkpoint's functions, eager, with the tokens counted that they run."""
+
+    def __init__(self, folder: Path, shape: str = "llama") -> None:
+        self.reference = make_checkpoint(folder, shape)
+        self.generator, args = load(folder)
+        models = compile_generator(self.generator, args, "cpu", 1)
+        module = models["decode"].module
+        assert isinstance(module, DecodeOne)
+        self.decoder: Decoder = module.decoder
+        self.runs = dict(models)
+
+    def slots(self, count: int = 4, *, runs_ahead: bool = False, reuse: bool = True) -> Slots:
+        slots = make_slots(self.runs, count, (64, 256), (8, 32), "cpu", reuse=reuse)
+        slots._runs_ahead = runs_ahead
+        return slots
+
+    def is_right(self, generation: Generation) -> bool:
+        found = [token for token in generation.tokens if token not in self.generator.ends]
+        assert generation.most is not None
+        return found == greedy(self.reference, list(generation.prompt), generation.most)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("checkpoint"))
+
+
+def draw(seed: int, count: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(2, 300) for _ in range(count)]
+
+
+def answer(slots: Slots, model: Model, prompt: list[int], most: int = 12, **more: Any) -> tuple[Generation, int]:
+    """Return a finished generation, and how many tokens were prefilled for it."""
+    generation = ask(slots, prompt, most, ends=model.generator.ends, **more)
+    return generation, sum(step.prefilled for step in finish(slots))
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_the_next_turn_of_a_chat_runs_only_what_is_new(model: Model, runs_ahead: bool) -> None:
+    slots = model.slots(runs_ahead=runs_ahead)
+    first, ran = answer(slots, model, draw(1, 50))
+    assert (ran, first.reused, model.is_right(first)) == (50, 0, True)
+    turn = [*first.prompt, *first.tokens, *draw(2, 20)]
+    second, ran = answer(slots, model, turn)
+    kept = (50 + len(first.tokens) - 1) // 8 * 8  # the last token was picked, and is not in the cache
+    assert (ran, second.reused, model.is_right(second)) == (len(turn) - kept, kept, True)
+    assert answer(slots, model, draw(3, 50))[1] == 50, "another chat"
+    third, ran = answer(slots, model, [*turn, *second.tokens, *draw(4, 5)])
+    assert ran < 20 and model.is_right(third), "in its slot, beside the other one"
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_prompt_of_several_answers_is_run_once(model: Model, runs_ahead: bool) -> None:
+    slots = model.slots(runs_ahead=runs_ahead)
+    prompt = draw(5, 45)
+    asked = [ask(slots, prompt, 20, ends=model.generator.ends) for _ in range(4)]
+    steps = finish(slots)
+    assert [generation.reused for generation in asked] == [0, 40, 40, 40]
+    assert sum(step.prefilled for step in steps) == 45 + 3 * 5
+    assert sum(step.reused for step in steps) == 3 * 40
+    assert all(map(model.is_right, asked))
+
+
+def test_without_it_every_prompt_is_run(model: Model) -> None:
+    slots = model.slots(reuse=False)
+    for _ in range(2):
+        assert answer(slots, model, draw(6, 40))[1] == 40
+
+
+def test_who_asks_how_a_prompt_scores_gets_all_of_it(model: Model) -> None:
+    slots = model.slots()
+    prompt = draw(7, 40)
+    answer(slots, model, prompt)
+    scoring = ask(slots, prompt, 3, scores=1, ends=model.generator.ends)
+    told = [what for step in finish(slots) for generation, what in step.events if generation is scoring]
+    assert isinstance(told[0], Scored) and len(told[0].prompt) == 40
+    assert (scoring.reused, model.is_right(scoring)) == (0, True)
+    after, ran = answer(slots, model, prompt)
+    assert (ran, after.reused) == (8, 32), "what it left is as good as any"
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_what_somebody_who_hung_up_has_left_is_reused(model: Model, runs_ahead: bool) -> None:
+    slots = model.slots(runs_ahead=runs_ahead)
+    gone = ask(slots, draw(8, 60), 50)
+    slots.step()
+    assert gone.done == 32
+    gone.gone = True
+    again, ran = answer(slots, model, draw(8, 60))
+    assert (ran, again.reused, model.is_right(again)) == (28, 32, True)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_what_failed_is_not_reused_and_what_it_shared_is(tmp_path: Path, runs_ahead: bool) -> None:
+    """A token makes what is no number: of all behind it, and of nothing before it."""
+    model = Model(tmp_path, "qwen2")  # whose head is another tensor
+    with torch.no_grad():
+        model.decoder.embedding.weight[7] = torch.nan
+    slots = model.slots(1, runs_ahead=runs_ahead)
+    shared = [token for token in draw(9, 40) if token != 7][:32]
+    good = ask(slots, [*shared, 9, 8], 5)
+    finish(slots)
+    bad = ask(slots, [*shared, 7, 8], 5)
+    finish(slots)
+    assert (bad.reused, bad.tokens) == (32, [])
+    again = ask(slots, [*shared, 9, 8], 5)
+    finish(slots)
+    assert (again.reused, again.tokens) == (0, good.tokens)
+    last = ask(slots, [*shared, 9, 8], 5)
+    finish(slots)
+    assert (last.reused, last.tokens) == (32, good.tokens)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_in_any_mix_of_prompts_that_share_beginnings_each_gets_its_own_answer(model: Model, runs_ahead: bool) -> None:
+    slots = model.slots(3, runs_ahead=runs_ahead)
+    chance = random.Random(4)
+    asked: list[Generation] = []
+    for _ in range(40):
+        whose = chance.choice(asked) if asked and chance.random() < 0.7 else None
+        kept = [*whose.prompt, *whose.tokens][: chance.randrange(1, 120)] if whose else []
+        prompt = [*kept, *draw(chance.randrange(1000), chance.randrange(1, 40))]
+        asked.append(ask(slots, prompt, chance.randrange(1, 25), ends=model.generator.ends))
+        for _ in range(chance.randrange(12)):
+            step = slots.step()
+            assert all(isinstance(what, Picked | str) for _, what in step.events)
+    finish(slots)
+    assert sum(generation.reused > 0 for generation in asked) > 10
+    assert all(map(model.is_right, asked))
