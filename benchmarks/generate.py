@@ -3,8 +3,9 @@
 Eager against compiled, float against int8, for 1 and 8 callers, beside `transformers.generate` (eager, and with its
 static cache and compiled) where transformers is installed; everything in one process, in turns, without Ray. The share
 of bandwidth is what a step has to read (weights, and the places of the cache that are looked at) by its time, against a
-copy measured in the same run, which counts what it reads and what it writes. Last, what a newcomer with a prompt of 128
-tokens waits for its first token while others generate, and what they wait between tokens meanwhile.
+copy measured in the same run, which counts what it reads and what it writes. Then what a newcomer with a prompt of 128
+tokens waits for its first token while others generate, and what they wait between tokens meanwhile; and what a chat's
+second turn waits, with and without reuse of what the first one left in the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import gc
 import importlib.util
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -50,6 +51,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 SPAN, PROMPT, PIECES, CALLERS = 512, 32, (32, 128), (1, 8)
+#: Tokens of a chat: the first turn's prompt, its answer, and what the second turn adds.
+TURNS = (256, 32, 16)
 
 
 def make_decoder(size: str, device: torch.device, dtype: torch.dtype) -> Decoder:
@@ -135,10 +138,26 @@ def join(slots: Slots, vocabulary: int) -> tuple[float, list[float]]:
     return first_s * 1e3, gaps
 
 
-def ask(slots: Slots, seed: int, prompt: int, tokens: int, vocabulary: int) -> Generation:
-    """Have so many tokens generated behind a prompt of so many, greedily."""
+def chat(slots: Slots, seed: int, vocabulary: int) -> tuple[float, int]:
+    """Return ms until the first token of a chat's second turn, and how many of its tokens were reused."""
+    prompt, answer, more = TURNS
+    first = ask(slots, seed, prompt, answer, vocabulary)
+    while len(slots):
+        slots.step()
+    second = ask(slots, seed + 1, more, 1, vocabulary, [*first.prompt, *first.tokens])
+    started = time.perf_counter()
+    while not second.tokens:
+        slots.step()
+    waited = time.perf_counter() - started
+    while len(slots):
+        slots.step()
+    return waited * 1e3, second.reused
+
+
+def ask(slots: Slots, seed: int, prompt: int, tokens: int, vocabulary: int, before: Sequence[int] = ()) -> Generation:
+    """Have so many tokens generated behind a prompt of so many, and what comes before them, greedily."""
     ids = torch.randint(vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed)).tolist()
-    generation = Generation(ids, Sampler(Sampling(temperature=0)), tokens)
+    generation = Generation([*before, *ids], Sampler(Sampling(temperature=0)), tokens)
     slots.add(generation)
     return generation
 
@@ -234,7 +253,7 @@ def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: arg
         ours["ours, int8"] = make_decoder(size, device, torch.float32)
         quantize(ours["ours, int8"])
         ours["ours, int8"].to(torch.bfloat16).make_cache(max(CALLERS), SPAN + max(PIECES))
-    served = {}
+    served, again = {}, {}
     for name, one in ours.items():
         one.fuse_attention(arguments.decode == "math")
         functions = make_functions(one, CALLERS, [SPAN], PIECES)
@@ -250,6 +269,7 @@ def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: arg
             for line in (*report.notes, *report.refusals):
                 print(f"  {function}: {line}", flush=True)
         slots[name] = make_slots({**eager_runs, **served[name]}, max(CALLERS), [SPAN], PIECES, device)
+        again[name] = make_slots({**eager_runs, **served[name]}, max(CALLERS), [SPAN], PIECES, device, reuse=True)
     read = {"ours, eager": decoder, **ours}
     runs: dict[str, Callable[[int, int], float]] = {
         name: lambda callers, tokens, found=found: decode(found, callers, tokens, vocabulary)  # type: ignore[misc]
@@ -276,6 +296,12 @@ def _measure(size: str, device: torch.device, dtype: torch.dtype, arguments: arg
     for name, found in slots.items():
         first, gaps = join(found, vocabulary)
         print(f"| {name} | {first:.0f} | {median(gaps):.1f} | {max(gaps):.1f} |")
+    print(f"\n| a chat's second turn, {sum(TURNS)} tokens | reused | first token, ms | without reuse |")
+    print("|---|---|---|---|")
+    for name, reusing in again.items():
+        pairs = [(chat(reusing, 100 + i, vocabulary), chat(slots[name], 100 + i, vocabulary)) for i in range(0, 12, 2)]
+        taken, without = (median(ms for ms, _ in some) for some in zip(*pairs[1:], strict=True))
+        print(f"| {name} | {pairs[-1][0][1]} | {taken:.0f} | {without:.0f} |", flush=True)
 
 
 def _row(bucket: Any) -> str:

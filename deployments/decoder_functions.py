@@ -58,7 +58,7 @@ def make_slots(
 ) -> Slots:
     """Return slots that run the functions, compiled or not; the least piece is run while others generate.
 
-    With `reuse` no beginning of a prompt is run that a slot has.
+    With `reuse` a request takes over what slots have of the beginning of its prompt.
     """
     prefills = {size: runs[f"prefill {size}"] for size in pieces}
     on_gpu = torch.device(device).type == "cuda"  # a CPU has nothing to do meanwhile

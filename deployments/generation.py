@@ -80,9 +80,8 @@ class Generation:
         """Whether all of its prompt is in the cache."""
         return self.done >= len(self.prompt)
 
-    @property
-    def cached(self) -> Sequence[int]:
-        """The tokens that are in the cache, as far as they are known."""
+    def cached(self) -> list[int]:
+        """Return the tokens that are in the cache, as far as they are known."""
         return [*self.prompt, *self.tokens][: self.done]
 
     def is_full(self, tokens: int, length: int) -> bool:
@@ -101,7 +100,7 @@ class Step:
     rows: int = 0
     prefilled: int = 0
     reused: int = 0
-    """Tokens of a prompt that had not to be prefilled."""
+    """Tokens of a prompt that did not have to be prefilled."""
 
 
 class Slots:
@@ -215,8 +214,8 @@ class Slots:
         """Give a request a slot, with the tokens of its prompt that the cache has already; return how many."""
         others = None
         if self._copy is not None and (generation.scores is None or self._score is None):
-            others = {one.slot: one.cached for one in self._running}
-        place = self._free.take(generation.prompt, others)
+            others = {one.slot: one.cached() for one in self._running}
+        place = self._free.take(list(generation.prompt), others)
         generation.slot, generation.done, generation.reused = place.slot, place.count, place.count
         if place.slot in self._unclear:
             self._clear(place.slot, place.count if place.source == place.slot else 0)
@@ -372,5 +371,5 @@ class Slots:
             was_read = 0 < generation.picked == len(generation.tokens)
             if has_failed or not was_read:
                 self._unclear.add(generation.slot)
-            self._free.give_back(generation.slot, () if has_failed else generation.cached)
+            self._free.give_back(generation.slot, [] if has_failed else generation.cached())
             generation.slot = -1

@@ -6,7 +6,7 @@ chat's next turn does, has them copied, or is given the very slot; and a prompt 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -20,50 +20,53 @@ class Place:
 
 
 class FreeSlots:
-    """The slots that nobody has, the one that has been free for longest first; `piece` is the least that is reused.
+    """The slots that nobody has, and what they hold; whole pieces of a prompt are reused, of so many tokens each.
 
-    What is reused ends where a piece would, so that the rest is run in the pieces that it would be run in.
+    So that the pieces that are run begin where pieces begin (`Slots` keeps compiled code to aligned positions).
     """
 
     def __init__(self, slots: int, piece: int) -> None:
         self._piece = piece
-        self._kept: dict[int, Sequence[int]] = dict.fromkeys(range(slots), ())
+        #: Of each free slot the tokens it has, the one that has been free for longest first.
+        self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
 
     def __bool__(self) -> bool:
         return bool(self._kept)
 
-    def give_back(self, slot: int, tokens: Sequence[int]) -> None:
+    def give_back(self, slot: int, tokens: list[int]) -> None:
         """Take a slot back, with the tokens it has."""
         self._kept[slot] = tokens
 
-    def take(self, prompt: Sequence[int], others: Mapping[int, Sequence[int]] | None = None) -> Place:
+    def take(self, prompt: list[int], others: Mapping[int, list[int]] | None = None) -> Place:
         """Take a slot out for a prompt, with what it, or another, or one of the `others`, has of it.
 
-        A free slot is given away with what it has where half of that and more is the prompt's; else that is left for
-        others, and the slot that has been free for longest is taken. At least one token of the prompt is always left to
-        be run: its logits are what comes of it. Without `others` nothing is reused.
+        A free slot is given away with what it has where next to all of that is the prompt's, as at a chat's next turn.
+        Else that is left for others: an empty slot is taken, or the one that has been free for longest. At least one
+        token of the prompt is always left to be run: its logits are what comes of it. Without `others` nothing is
+        reused.
         """
-        oldest = next(iter(self._kept))
-        found = Place(oldest, oldest, 0)
+        source, count = -1, 0
         if others is not None:
-            held = {**self._kept, **others}  # free ones first: from there nothing needs to be copied
+            held = {**self._kept, **others}  # of equal ones a free one: from there it may be that nothing is copied
             counts = {slot: self._common(prompt, tokens) for slot, tokens in held.items()}
             source = max(counts, key=counts.__getitem__)
-            if count := counts[source]:
-                moves_in = source in self._kept and (2 * count >= len(held[source]) or len(self._kept) == 1)
-                target = source if moves_in else next(slot for slot in self._kept if slot != source)
-                found = Place(target, source, count)
-        del self._kept[found.slot]
-        return found
+            count = counts[source]
+        if count and source in self._kept and len(self._kept[source]) - count < 2 * self._piece:
+            slot = source
+        else:
+            left = [slot for slot in self._kept if slot != source or not count] or [source]
+            slot = min(left, key=lambda slot: len(self._kept[slot]) > 0)
+        del self._kept[slot]
+        return Place(slot, source if count else slot, count)
 
-    def _common(self, prompt: Sequence[int], tokens: Sequence[int]) -> int:
+    def _common(self, prompt: list[int], tokens: list[int]) -> int:
         """Return how many tokens both begin with, in whole pieces; one of the prompt's is left."""
-        most = min(len(prompt) - 1, len(tokens))
-        count = 0
-        while count + self._piece <= most and _same(prompt, tokens, count, count + self._piece):
-            count += self._piece
-        return count
-
-
-def _same(one: Sequence[int], other: Sequence[int], start: int, end: int) -> bool:
-    return list(one[start:end]) == list(other[start:end])
+        same, most = 0, min(len(prompt) - 1, len(tokens)) // self._piece
+        while same < most:  # halving what is left, so that it is all compared about once, and not in Python
+            middle = (same + most + 1) // 2
+            start, end = same * self._piece, middle * self._piece
+            if prompt[start:end] == tokens[start:end]:
+                same = middle
+            else:
+                most = middle - 1
+        return same * self._piece

@@ -151,6 +151,19 @@ def test_several_prompts_are_answered_in_their_order(client: openai.OpenAI) -> N
     assert texts == alone
 
 
+def test_usage_tells_what_of_the_prompts_was_there(client: openai.OpenAI) -> None:
+    def ask(prompt: list[list[int]], n: int) -> tuple[int, int | None]:
+        found = client.completions.create(model=NAME, prompt=prompt, n=n, max_tokens=4, temperature=0).usage
+        assert found is not None and found.prompt_tokens_details is not None
+        return found.prompt_tokens, found.prompt_tokens_details.cached_tokens
+
+    one, other = [[start + i % 90 for i in range(80)] for start in (20, 150)]
+    assert ask([one, other], 2) == (160, 0), "each prompt counts once, and each was run once"
+    assert ask([one], 1) == (80, 64)
+    assert ask([[*one, *other]], 1) == (160, 64)
+    assert ask([other[1:]], 1) == (79, 0)
+
+
 def test_a_prompt_may_have_several_answers_each_with_a_seed_of_its_own(client: openai.OpenAI) -> None:
     how: dict[str, Any] = {"model": NAME, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
     alone = [client.completions.create(**how, prompt="hello", seed=seed).choices[0].text for seed in (5, 6, 7)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,13 +287,13 @@ def test_what_the_device_raises_is_for_all() -> None:
     assert not len(slots)
 
 
-def load(folder: Path, **batching: Any) -> tuple[TextGenerator, ModelArgs]:
+def load(folder: Path, batch_sizes: Sequence[int] = (1, 2, 4), **more: Any) -> tuple[TextGenerator, ModelArgs]:
     args = ModelArgs.parse(
         {
             "model": "deployments.generate:TextGenerator",
-            "model_args": {"checkpoint": str(folder), "length": 256, "prefill": [8, 32]},
+            "model_args": {"checkpoint": str(folder), "length": 256, "prefill": [8, 32], **more},
             "pt2": {"compile": {"enable": False}, "verify": {"warmup_calls": 3}},
-            "batching": {"batch_sizes": [1, 2, 4], "lengths": [64, 256], **batching},
+            "batching": {"batch_sizes": list(batch_sizes), "lengths": [64, 256]},
         }
     )
     generator = args.make_model()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from typing import Any
+from dataclasses import dataclass
+from datetime import date
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -89,6 +90,41 @@ def test_keys_and_figures_that_python_writes_are_written() -> None:
     assert to_json_bytes({"a": [1e-05, 1.0, 1e22, "é", None]}) == '{"a":[1e-05,1.0,1e+22,"é",null]}'.encode()
 
 
-def test_what_cannot_be_written_is_named() -> None:
-    with pytest.raises(TypeError, match=re.escape("Object of type ndarray is not JSON serializable")):
-        to_json_bytes({"a": np.zeros(2)})
+@dataclass
+class Box:
+    name: str
+    size: float | None
+
+
+@pytest.mark.parametrize("beside", [0.5, None, np.float64(0.5), "\ud800"])
+def test_what_is_beyond_json_is_written_whatever_is_beside_it(beside: Any) -> None:
+    """By either writer."""
+    given = {"at": date(2026, 11, 30), "box": Box("a", 1.0), "of": {3}, "raw": b"abc", "and": beside}
+    found = know(to_json_bytes(given))
+    assert found == {"at": "2026-11-30", "box": {"name": "a", "size": 1.0}, "of": [3], "raw": "YWJj", "and": beside}
+    with pytest.raises(ValueError):
+        to_json_bytes({"box": Box("a", math.nan), "and": beside})
+
+
+@pytest.mark.parametrize("beside", [0.5, None])
+def test_what_cannot_be_written_is_named(beside: Any) -> None:
+    for value in (np.zeros(2), np.float32(1), object()):
+        with pytest.raises(TypeError, match=type(value).__name__):
+            to_json_bytes({"a": value, "b": beside})
+
+
+def test_figures_that_take_long_are_left_to_the_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fast:
+        asked: ClassVar[list[int]] = []
+
+        def decode(self, text: bytes) -> Any:
+            self.asked.append(len(text))
+            return know(text)
+
+    monkeypatch.setattr("deployments.messages._FAST_DECODER", Fast())
+    for figure, is_fast in (("1e300", False), ("1.5E+291", False), ("1e-05", True), ('"e"', True), ("1e300", False)):
+        body = f"[{','.join([figure] * 20_000)}]".encode()
+        Fast.asked.clear()
+        assert read_json(body) == know(body)
+        assert Fast.asked == ([len(body)] if is_fast else []), figure
+    assert read_json(b"[1e300]") == [1e300] and len(Fast.asked) == 1, "a few do no harm"

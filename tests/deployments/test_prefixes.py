@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.compile import compile_generator
+from deployments.compile import compile_generator, slots_of
 from deployments.decoder import DecodeOne, Decoder
 from deployments.decoder_functions import make_slots
 from deployments.generation import Generation, Scored, Slots
@@ -19,16 +19,39 @@ from tests.deployments.test_generation import ask, finish, load
 from tests.support.checkpoints import greedy, make_checkpoint
 
 
-def test_a_free_slot_is_given_away_with_what_it_has_where_that_is_mostly_the_prompts() -> None:
+def test_a_free_slot_is_given_away_with_what_it_has_where_that_is_the_prompts() -> None:
     free = FreeSlots(3, 4)
-    for tokens in ([1] * 9, [2] * 40, [3] * 5):
-        free.give_back(free.take([0]).slot, tokens)
+    assert [free.take([0], {}).slot for _ in range(3)] == [0, 1, 2]
+    for slot, tokens in enumerate(([1] * 9, [2] * 16, [3] * 5)):
+        free.give_back(slot, tokens)
     assert free.take([1] * 20, {}) == Place(0, 0, 8)
-    assert free.take([2] * 6, {}) == Place(2, 1, 4), "a small part of what slot 1 has, which stays there"
+    assert free.take([2] * 9, {}) == Place(2, 1, 8), "half of what slot 1 has stays there"
     free.give_back(0, [1] * 9)
-    assert free.take([2] * 6, {2: [2] * 6}) == Place(0, 1, 4), "a free one first, then one that runs"
-    assert free.take([2] * 6, {0: [2] * 6, 2: [2] * 6}) == Place(1, 1, 4), "the last one is taken as it is"
+    assert free.take([2] * 9, {2: [2] * 9}) == Place(0, 1, 8), "of what a free one has and one that runs"
+    assert free.take([2] * 9, {0: [2] * 9, 2: [2] * 9}) == Place(1, 1, 8), "the last one is taken as it is"
     assert not free
+
+
+def test_chats_that_begin_alike_keep_what_is_their_own() -> None:
+    free = FreeSlots(4, 4)
+    chats = {who: [[0] * 40, [who] * 30] for who in (1, 2, 3)}
+    reused = {who: [0, 40] for who in chats}
+    for turn in range(3):
+        for who, parts in chats.items():
+            prompt = [token for part in parts for token in part]
+            place = free.take(prompt, {})
+            wanted = len(prompt) - 30 if turn else reused[who][who > 1]
+            assert place.count == wanted // 4 * 4, (turn, who, place)
+            free.give_back(place.slot, prompt)
+            parts.append([10 * who + turn] * 30)
+
+
+def test_an_empty_slot_is_taken_first() -> None:
+    free = FreeSlots(3, 4)
+    assert [free.take([0], {}).slot for _ in range(3)] == [0, 1, 2]
+    free.give_back(1, [1] * 9)
+    free.give_back(2, [])
+    assert free.take([5], {}).slot == 2
 
 
 def test_whole_pieces_are_reused_and_one_token_is_left_to_run() -> None:
@@ -50,7 +73,7 @@ def test_the_slot_that_has_been_free_for_longest_is_taken() -> None:
     free = FreeSlots(3, 4)
     assert [free.take([1], {}).slot for _ in range(3)] == [0, 1, 2]
     for slot in (1, 2, 0):
-        free.give_back(slot, ())
+        free.give_back(slot, [slot])
     assert [free.take([1], {}).slot for _ in range(3)] == [1, 2, 0]
 
 
@@ -66,8 +89,8 @@ class Model:
         self.decoder: Decoder = module.decoder
         self.runs = dict(models)
 
-    def slots(self, count: int = 4, *, runs_ahead: bool = False, reuse: bool = True) -> Slots:
-        slots = make_slots(self.runs, count, (64, 256), (8, 32), "cpu", reuse=reuse)
+    def slots(self, count: int = 4, *, runs_ahead: bool = False) -> Slots:
+        slots = make_slots(self.runs, count, (64, 256), (8, 32), "cpu", reuse=True)
         slots._runs_ahead = runs_ahead
         return slots
 
@@ -120,7 +143,10 @@ def test_a_prompt_of_several_answers_is_run_once(model: Model, runs_ahead: bool)
 
 
 def test_without_it_every_prompt_is_run(model: Model) -> None:
-    slots = model.slots(reuse=False)
+    with pytest.raises(ValueError, match="reuse: 'no' is not true or false"):
+        load(model.generator.folder, reuse="no")
+    generator, args = load(model.generator.folder, reuse=False)
+    slots = slots_of(compile_generator(generator, args, "cpu", 1), generator, args)
     for _ in range(2):
         assert answer(slots, model, draw(6, 40))[1] == 40
 
@@ -167,6 +193,27 @@ def test_what_failed_is_not_reused_and_what_it_shared_is(tmp_path: Path, runs_ah
     last = ask(slots, [*shared, 9, 8], 5)
     finish(slots)
     assert (last.reused, last.tokens) == (32, good.tokens)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_what_is_no_number_behind_what_is_reused_is_removed(tmp_path: Path, runs_ahead: bool) -> None:
+    model = Model(tmp_path, "qwen2")
+    with torch.no_grad():
+        model.decoder.embedding.weight[7] = torch.nan
+    slots = model.slots(1, runs_ahead=runs_ahead)
+    shared = [token for token in draw(9, 40) if token != 7][:32]
+    fresh = model.slots()
+    good = ask(fresh, [*shared, 9, 8], 5)
+    finish(fresh)
+    left = ask(slots, [*shared, 7, *[9] * 15], 5)
+    slots.step()
+    slots.step()
+    assert left.done == 40
+    left.gone = True  # before anybody has looked at its logits
+    again = ask(slots, [*shared, 9, 8], 5)
+    finish(slots)
+    assert again.reused == 32
+    assert again.tokens == good.tokens
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
