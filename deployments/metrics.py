@@ -51,7 +51,7 @@ class ModelMetrics:
         )
         self._tokens = Counter(
             "pt2_tokens_total",
-            "Tokens (rows, where there is no length), by kind: asked for, padding, generated, or reused (not run again).",
+            "Tokens (rows, where there is no length), by kind: asked for, padding, generated, reused (not run again).",
             tag_keys=("model", "kind"),  # type: ignore[arg-type]
         )
         self._eager_buckets = Gauge(

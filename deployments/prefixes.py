@@ -47,9 +47,10 @@ class FreeSlots:
         """
         source, count = -1, 0
         if others is not None:
-            held = {**self._kept, **others}  # of equal ones a free one: from there it may be that nothing is copied
+            held = {**self._kept, **others}
             counts = {slot: self._common(prompt, tokens) for slot, tokens in held.items()}
-            source = max(counts, key=counts.__getitem__)
+            # Of equal ones the free one that has least beside it: that it may be given away, and nothing be copied.
+            source = max(held, key=lambda slot: (counts[slot], slot in self._kept, -len(held[slot])))
             count = counts[source]
         if count and source in self._kept and len(self._kept[source]) - count < 2 * self._piece:
             slot = source

@@ -99,16 +99,24 @@ class Box:
 @pytest.mark.parametrize("beside", [0.5, None, np.float64(0.5), "\ud800"])
 def test_what_is_beyond_json_is_written_whatever_is_beside_it(beside: Any) -> None:
     """By either writer."""
-    given = {"at": date(2026, 11, 30), "box": Box("a", 1.0), "of": {3}, "raw": b"abc", "and": beside}
+    day = date(2026, 11, 30)
+    given = {"at": day, "box": Box("a", 1.0), "of": {3}, "raw": b"abc", "and": beside}
     found = know(to_json_bytes(given))
     assert found == {"at": "2026-11-30", "box": {"name": "a", "size": 1.0}, "of": [3], "raw": "YWJj", "and": beside}
+    if type(beside) is not np.float64:
+        assert list(know(to_json_bytes({1: 1, 0.5: 1, day: 1, "and": beside}))) == [
+            "1",
+            "0.5",
+            "2026-11-30",
+            "and",
+        ]
     with pytest.raises(ValueError):
         to_json_bytes({"box": Box("a", math.nan), "and": beside})
 
 
 @pytest.mark.parametrize("beside", [0.5, None])
 def test_what_cannot_be_written_is_named(beside: Any) -> None:
-    for value in (np.zeros(2), np.float32(1), object()):
+    for value in (np.zeros(2), np.float32(1)):
         with pytest.raises(TypeError, match=type(value).__name__):
             to_json_bytes({"a": value, "b": beside})
 
@@ -122,7 +130,14 @@ def test_figures_that_take_long_are_left_to_the_standard_library(monkeypatch: py
             return know(text)
 
     monkeypatch.setattr("deployments.messages._FAST_DECODER", Fast())
-    for figure, is_fast in (("1e300", False), ("1.5E+291", False), ("1e-05", True), ('"e"', True), ("1e300", False)):
+    for figure, is_fast in (
+        ("1e300", False),
+        ("1.5E+291", False),
+        ("1e0300", False),
+        ("1e-05", True),
+        ('"e"', True),
+        ("1e300", False),
+    ):
         body = f"[{','.join([figure] * 20_000)}]".encode()
         Fast.asked.clear()
         assert read_json(body) == know(body)

@@ -46,6 +46,14 @@ def test_chats_that_begin_alike_keep_what_is_their_own() -> None:
             parts.append([10 * who + turn] * 30)
 
 
+def test_of_slots_that_have_as_much_the_one_with_least_beside_it_is_given_away() -> None:
+    free = FreeSlots(3, 4)
+    assert [free.take([0], {}).slot for _ in range(3)] == [0, 1, 2]
+    for slot, tokens in enumerate(([1] * 40, [2] * 9, [1] * 9)):
+        free.give_back(slot, tokens)
+    assert free.take([1] * 9, {}) == Place(2, 2, 8)
+
+
 def test_an_empty_slot_is_taken_first() -> None:
     free = FreeSlots(3, 4)
     assert [free.take([0], {}).slot for _ in range(3)] == [0, 1, 2]
@@ -205,10 +213,10 @@ def test_what_is_no_number_behind_what_is_reused_is_removed(tmp_path: Path, runs
     fresh = model.slots()
     good = ask(fresh, [*shared, 9, 8], 5)
     finish(fresh)
-    left = ask(slots, [*shared, 7, *[9] * 15], 5)
+    left = ask(slots, [*shared, 7, *[9] * 40], 5)
     slots.step()
     slots.step()
-    assert left.done == 40
+    assert left.done == 64, "further than what pads the next prompt's piece is written"
     left.gone = True  # before anybody has looked at its logits
     again = ask(slots, [*shared, 9, 8], 5)
     finish(slots)
