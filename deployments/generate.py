@@ -42,8 +42,8 @@ class TextGenerator(Model):
     checkpoint was made for, 4096 at most. `prefill` are the sizes of the pieces in which prompts are run, the least of
     them while others generate. `dtype` is by default float32 on a CPU and bfloat16 on a GPU. With `quantize: int8`
     weights have eight bits and the rest is bfloat16, where the perplexity of a fixed text stays within 1 % of what it
-    is in float32; else it is served as without, which log and report say. With `reuse`, what prompts
-    begin with alike is run once, while a slot has it; by the usage of an answer callers can find out what others asked.
+    is in float32; else it is served as without, which log and report say. With `reuse`, what prompts begin with alike
+    is run once, while a slot has it; by the usage of an answer callers can find out what others asked.
     """
 
     def __init__(

@@ -213,7 +213,7 @@ class Slots:
     def _place(self, generation: Generation) -> int:
         """Give a request a slot, with the tokens of its prompt that the cache has already; return how many."""
         others = None
-        if self._copy is not None and (generation.scores is None or self._score is None):
+        if self._copy is not None and generation.scores is None:
             others = {one.slot: one.cached() for one in self._running}
         place = self._free.take(list(generation.prompt), others)
         generation.slot, generation.done, generation.reused = place.slot, place.count, place.count

@@ -20,9 +20,10 @@ class Place:
 
 
 class FreeSlots:
-    """The slots that nobody has, and what they hold; whole pieces of a prompt are reused, of so many tokens each.
+    """The slots that nobody has, and what they hold.
 
-    So that the pieces that are run begin where pieces begin (`Slots` keeps compiled code to aligned positions).
+    What is reused of a prompt is whole pieces of so many tokens, so that the pieces that are run begin where pieces
+    begin: code that was compiled for aligned positions gets no others.
     """
 
     def __init__(self, slots: int, piece: int) -> None:
@@ -50,12 +51,13 @@ class FreeSlots:
             held = {**self._kept, **others}
             counts = {slot: self._common(prompt, tokens) for slot, tokens in held.items()}
             # Of equal ones the free one that has least beside it: that it may be given away, and nothing be copied.
-            source = max(held, key=lambda slot: (counts[slot], slot in self._kept, -len(held[slot])))
-            count = counts[source]
-        if count and source in self._kept and len(self._kept[source]) - count < 2 * self._piece:
+            best = max(held, key=lambda slot: (counts[slot], slot in self._kept, -len(held[slot])))
+            if counts[best]:
+                source, count = best, counts[best]
+        if source in self._kept and len(self._kept[source]) - count < 2 * self._piece:
             slot = source
         else:
-            left = [slot for slot in self._kept if slot != source or not count] or [source]
+            left = [slot for slot in self._kept if slot != source] or [source]
             slot = min(left, key=lambda slot: len(self._kept[slot]) > 0)
         del self._kept[slot]
         return Place(slot, source if count else slot, count)

@@ -19,11 +19,17 @@ from tests.deployments.test_generation import ask, finish, load
 from tests.support.checkpoints import greedy, make_checkpoint
 
 
-def test_a_free_slot_is_given_away_with_what_it_has_where_that_is_the_prompts() -> None:
-    free = FreeSlots(3, 4)
-    assert [free.take([0], {}).slot for _ in range(3)] == [0, 1, 2]
-    for slot, tokens in enumerate(([1] * 9, [2] * 16, [3] * 5)):
+def holding(*held: list[int]) -> FreeSlots:
+    """Return as many free slots as there are lists of tokens, the first of them free for longest; pieces are of 4."""
+    free = FreeSlots(len(held), 4)
+    slots = [free.take([0]).slot for _ in held]
+    for slot, tokens in zip(slots, held, strict=True):
         free.give_back(slot, tokens)
+    return free
+
+
+def test_a_free_slot_is_given_away_with_what_it_has_where_that_is_the_prompts() -> None:
+    free = holding([1] * 9, [2] * 16, [3] * 5)
     assert free.take([1] * 20, {}) == Place(0, 0, 8)
     assert free.take([2] * 9, {}) == Place(2, 1, 8), "half of what slot 1 has stays there"
     free.give_back(0, [1] * 9)
@@ -35,31 +41,23 @@ def test_a_free_slot_is_given_away_with_what_it_has_where_that_is_the_prompts() 
 def test_chats_that_begin_alike_keep_what_is_their_own() -> None:
     free = FreeSlots(4, 4)
     chats = {who: [[0] * 40, [who] * 30] for who in (1, 2, 3)}
-    reused = {who: [0, 40] for who in chats}
     for turn in range(3):
         for who, parts in chats.items():
             prompt = [token for part in parts for token in part]
             place = free.take(prompt, {})
-            wanted = len(prompt) - 30 if turn else reused[who][who > 1]
-            assert place.count == wanted // 4 * 4, (turn, who, place)
+            had = len(prompt) - 30 if turn or who > 1 else 0  # at first what all begin with, from whoever was first
+            assert place.count == had // 4 * 4, (turn, who, place)
             free.give_back(place.slot, prompt)
             parts.append([10 * who + turn] * 30)
 
 
 def test_of_slots_that_have_as_much_the_one_with_least_beside_it_is_given_away() -> None:
-    free = FreeSlots(3, 4)
-    assert [free.take([0], {}).slot for _ in range(3)] == [0, 1, 2]
-    for slot, tokens in enumerate(([1] * 40, [2] * 9, [1] * 9)):
-        free.give_back(slot, tokens)
+    free = holding([1] * 40, [2] * 9, [1] * 9)
     assert free.take([1] * 9, {}) == Place(2, 2, 8)
 
 
 def test_an_empty_slot_is_taken_first() -> None:
-    free = FreeSlots(3, 4)
-    assert [free.take([0], {}).slot for _ in range(3)] == [0, 1, 2]
-    free.give_back(1, [1] * 9)
-    free.give_back(2, [])
-    assert free.take([5], {}).slot == 2
+    assert holding([1] * 9, [2] * 9, []).take([5], {}).slot == 2
 
 
 def test_whole_pieces_are_reused_and_one_token_is_left_to_run() -> None:
@@ -70,11 +68,8 @@ def test_whole_pieces_are_reused_and_one_token_is_left_to_run() -> None:
         ([1, 1, 2], [1, 1, 2, 3, 4], 0),
         ([], [1] * 8, 0),
     ):
-        free = FreeSlots(1, 4)
-        free.give_back(free.take([0]).slot, tokens)
-        assert free.take(prompt, {}) == Place(0, 0, count), (tokens, prompt)
-    free.give_back(0, [1] * 8)
-    assert free.take([1] * 9) == Place(0, 0, 0), "not without others"
+        assert holding(tokens).take(prompt, {}) == Place(0, 0, count), (tokens, prompt)
+    assert holding([1] * 8).take([1] * 9) == Place(0, 0, 0), "not without others"
 
 
 def test_the_slot_that_has_been_free_for_longest_is_taken() -> None:
@@ -86,7 +81,7 @@ def test_the_slot_that_has_been_free_for_longest_is_taken() -> None:
 
 
 class Model:
-    """A small checkpoint's functions, eager, with the tokens counted that they run."""
+    """A small checkpoint's functions, eager, and transformers' own model of it."""
 
     def __init__(self, folder: Path, shape: str = "llama") -> None:
         self.reference = make_checkpoint(folder, shape)
