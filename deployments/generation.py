@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from deployments.errors import ModelFailed
-from deployments.prefixes import FreeSlots
+from deployments.prefixes import FreeSlots, Held
 from deployments.sampling import Picked, Picks, Sampler, Scores, pick
 from deployments.transfers import to_device
 from optim import is_device_error
@@ -68,6 +68,8 @@ class Generation:
     """Tokens of it that are in the cache."""
     reused: int = 0
     """Tokens of the prompt that another request had left there."""
+    cuts: list[int] = field(default_factory=list)
+    """Where pieces of the prompt that were run end, and what was reused of it."""
     picked: int = 0
     """Tokens that were picked for it, also those that are not known yet."""
     scored: list[Scores] = field(default_factory=list)
@@ -80,9 +82,10 @@ class Generation:
         """Whether all of its prompt is in the cache."""
         return self.done >= len(self.prompt)
 
-    def cached(self) -> list[int]:
+    def held(self) -> Held:
         """Return the tokens that are in the cache, as far as they are known."""
-        return [*self.prompt, *self.tokens][: self.done]
+        # The logits of its first token have come of all of the prompt, and each later token was run by itself.
+        return Held([*self.prompt, *self.tokens][: self.done], None if self.tokens else self.cuts)
 
     def is_full(self, tokens: int, length: int) -> bool:
         """Whether so many tokens are all of its answer, where prompt and answer may have `length` together."""
@@ -214,9 +217,12 @@ class Slots:
         """Give a request a slot, with the tokens of its prompt that the cache has already; return how many."""
         others = None
         if self._copy is not None and generation.scores is None:
-            others = {one.slot: one.cached() for one in self._running}
+            if not all(one.tokens for one in self._running):
+                self._read()  # what shows that all of a prompt may be reused: it may be another answer's
+            others = {one.slot: one.held() for one in self._running}
         place = self._free.take(list(generation.prompt), others)
         generation.slot, generation.done, generation.reused = place.slot, place.count, place.count
+        generation.cuts = [place.count]
         if place.slot in self._unclear:
             self._clear(place.slot, place.count if place.source == place.slot else 0)
             self._unclear.discard(place.slot)
@@ -248,6 +254,7 @@ class Slots:
             self._settle_failure(generation, error)
             return 0
         generation.done += count
+        generation.cuts.append(generation.done)
         if generation.is_prefilled:
             self._filling = None
             self._running.append(generation)
@@ -371,5 +378,5 @@ class Slots:
             was_read = 0 < generation.picked == len(generation.tokens)
             if has_failed or not was_read:
                 self._unclear.add(generation.slot)
-            self._free.give_back(generation.slot, [] if has_failed else generation.cached())
+            self._free.give_back(generation.slot, Held() if has_failed else generation.held())
             generation.slot = -1

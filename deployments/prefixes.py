@@ -2,12 +2,26 @@
 
 A token's keys and values come of it and of those before it alone. So a request that begins as another one did, as a
 chat's next turn does, has them copied, or is given the very slot; and a prompt of several answers is run once.
+
+But one whose own are no numbers makes such of all that is run in one piece with it, also of those before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Held:
+    """The tokens that a slot has, and where they may be cut: at these places, or with None anywhere.
+
+    Before anybody has seen logits that come of them, that is where pieces ended: what is no number can then only be of
+    tokens that are reused, and not of others behind the cut.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    cuts: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,17 +42,17 @@ class FreeSlots:
 
     def __init__(self, slots: int, piece: int) -> None:
         self._piece = piece
-        #: Of each free slot the tokens it has, the one that has been free for longest first.
-        self._kept: dict[int, list[int]] = {slot: [] for slot in range(slots)}
+        #: What each free slot has, the one that has been free for longest first.
+        self._kept = {slot: Held() for slot in range(slots)}
 
     def __bool__(self) -> bool:
         return bool(self._kept)
 
-    def give_back(self, slot: int, tokens: list[int]) -> None:
-        """Take a slot back, with the tokens it has."""
-        self._kept[slot] = tokens
+    def give_back(self, slot: int, held: Held) -> None:
+        """Take a slot back, with what it has."""
+        self._kept[slot] = held
 
-    def take(self, prompt: list[int], others: Mapping[int, list[int]] | None = None) -> Place:
+    def take(self, prompt: list[int], others: Mapping[int, Held] | None = None) -> Place:
         """Take a slot out for a prompt, with what it, or another, or one of the `others`, has of it.
 
         A free slot is given away with what it has where next to all of that is the prompt's, as at a chat's next turn.
@@ -49,21 +63,22 @@ class FreeSlots:
         source, count = -1, 0
         if others is not None:
             held = {**self._kept, **others}
-            counts = {slot: self._common(prompt, tokens) for slot, tokens in held.items()}
+            counts = {slot: self._common(prompt, one) for slot, one in held.items()}
             # Of equal ones the free one that has least beside it: that it may be given away, and nothing be copied.
-            best = max(held, key=lambda slot: (counts[slot], slot in self._kept, -len(held[slot])))
+            best = max(held, key=lambda slot: (counts[slot], slot in self._kept, -len(held[slot].tokens)))
             if counts[best]:
                 source, count = best, counts[best]
-        if source in self._kept and len(self._kept[source]) - count < 2 * self._piece:
+        if source in self._kept and len(self._kept[source].tokens) - count < 2 * self._piece:
             slot = source
         else:
             left = [slot for slot in self._kept if slot != source] or [source]
-            slot = min(left, key=lambda slot: len(self._kept[slot]) > 0)
+            slot = min(left, key=lambda slot: len(self._kept[slot].tokens) > 0)
         del self._kept[slot]
         return Place(slot, source if count else slot, count)
 
-    def _common(self, prompt: list[int], tokens: list[int]) -> int:
-        """Return how many tokens both begin with, in whole pieces; one of the prompt's is left."""
+    def _common(self, prompt: list[int], held: Held) -> int:
+        """Return how many tokens both begin with, in whole pieces up to a cut; one of the prompt's is left."""
+        tokens = held.tokens
         same, most = 0, min(len(prompt) - 1, len(tokens)) // self._piece
         while same < most:  # halving what is left, so that it is all compared about once, and not in Python
             middle = (same + most + 1) // 2
@@ -72,4 +87,7 @@ class FreeSlots:
                 same = middle
             else:
                 most = middle - 1
-        return same * self._piece
+        count = same * self._piece
+        if held.cuts is None:
+            return count
+        return max((cut for cut in held.cuts if cut <= count and cut % self._piece == 0), default=0)

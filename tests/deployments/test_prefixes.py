@@ -13,7 +13,7 @@ from deployments.compile import compile_generator, slots_of
 from deployments.decoder import DecodeOne, Decoder
 from deployments.decoder_functions import make_slots
 from deployments.generation import Generation, Scored, Slots
-from deployments.prefixes import FreeSlots, Place
+from deployments.prefixes import FreeSlots, Held, Place
 from deployments.sampling import Picked
 from tests.deployments.test_generation import ask, finish, load
 from tests.support.checkpoints import greedy, make_checkpoint
@@ -24,7 +24,7 @@ def holding(*held: list[int]) -> FreeSlots:
     free = FreeSlots(len(held), 4)
     slots = [free.take([0]).slot for _ in held]
     for slot, tokens in zip(slots, held, strict=True):
-        free.give_back(slot, tokens)
+        free.give_back(slot, Held(tokens))
     return free
 
 
@@ -32,9 +32,9 @@ def test_a_free_slot_is_given_away_with_what_it_has_where_that_is_the_prompts() 
     free = holding([1] * 9, [2] * 16, [3] * 5)
     assert free.take([1] * 20, {}) == Place(0, 0, 8)
     assert free.take([2] * 9, {}) == Place(2, 1, 8), "half of what slot 1 has stays there"
-    free.give_back(0, [1] * 9)
-    assert free.take([2] * 9, {2: [2] * 9}) == Place(0, 1, 8), "of what a free one has and one that runs"
-    assert free.take([2] * 9, {0: [2] * 9, 2: [2] * 9}) == Place(1, 1, 8), "the last one is taken as it is"
+    free.give_back(0, Held([1] * 9))
+    assert free.take([2] * 9, {2: Held([2] * 9)}) == Place(0, 1, 8), "of what a free one has and one that runs"
+    assert free.take([2] * 9, {0: Held([2] * 9), 2: Held([2] * 9)}) == Place(1, 1, 8), "the last one is taken as it is"
     assert not free
 
 
@@ -47,7 +47,7 @@ def test_chats_that_begin_alike_keep_what_is_their_own() -> None:
             place = free.take(prompt, {})
             had = len(prompt) - 30 if turn or who > 1 else 0  # at first what all begin with, from whoever was first
             assert place.count == had // 4 * 4, (turn, who, place)
-            free.give_back(place.slot, prompt)
+            free.give_back(place.slot, Held(prompt))
             parts.append([10 * who + turn] * 30)
 
 
@@ -72,11 +72,19 @@ def test_whole_pieces_are_reused_and_one_token_is_left_to_run() -> None:
     assert holding([1] * 8).take([1] * 9) == Place(0, 0, 0), "not without others"
 
 
+def test_what_nobody_has_seen_logits_of_is_cut_where_its_pieces_ended() -> None:
+    for cuts, count in (([0, 16], 0), ([4, 8, 9], 8), ([8, 10], 8), ([10], 0), ([], 0), (None, 12)):
+        free = FreeSlots(1, 4)
+        assert free.take([1] * 13, {1: Held([1] * 16, cuts)}) == Place(0, 1 if count else 0, count), cuts
+        free.give_back(0, Held([1] * 16, cuts))
+        assert free.take([1] * 13, {}) == Place(0, 0, count), cuts
+
+
 def test_the_slot_that_has_been_free_for_longest_is_taken() -> None:
     free = FreeSlots(3, 4)
     assert [free.take([1], {}).slot for _ in range(3)] == [0, 1, 2]
     for slot in (1, 2, 0):
-        free.give_back(slot, [slot])
+        free.give_back(slot, Held([slot]))
     assert [free.take([1], {}).slot for _ in range(3)] == [1, 2, 0]
 
 
@@ -217,6 +225,34 @@ def test_what_is_no_number_behind_what_is_reused_is_removed(tmp_path: Path, runs
     finish(slots)
     assert again.reused == 32
     assert again.tokens == good.tokens
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("end", ["asks for nothing", "hangs up", "goes on"])
+def test_what_is_no_number_is_given_to_nobody_with_what_it_was_run_with(
+    tmp_path: Path, end: str, runs_ahead: bool
+) -> None:
+    """Of one piece with such a token the keys and values of those before it are no numbers either."""
+    model = Model(tmp_path, "qwen2")
+    with torch.no_grad():
+        model.decoder.embedding.weight[7] = torch.nan
+    shared = [token for token in draw(9, 40) if token != 7][:24]
+    fresh = model.slots()
+    good = ask(fresh, [*shared, 9, 8], 5)
+    finish(fresh)
+    slots = model.slots(runs_ahead=runs_ahead)
+    bad = ask(slots, [*shared, *[7] * 8, *[9] * 20], 0 if end == "asks for nothing" else 5)
+    slots.step()
+    keys = model.decoder.layers[-1].attention.keys
+    assert isinstance(keys, torch.Tensor)
+    assert bad.done == 32 and keys[bad.slot, :, :24].isnan().any()
+    bad.gone = end == "hangs up"
+    asked = [ask(slots, [*shared, 9, 8], 5) for _ in range(2)] if end == "goes on" else []
+    finish(slots)
+    asked += [ask(slots, [*shared, 9, 8], 5) for _ in range(2)]
+    finish(slots)
+    assert [generation.tokens for generation in asked] == [good.tokens] * len(asked)
+    assert bad.tokens == []
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
