@@ -11,7 +11,7 @@ from torch import nn
 
 from deployments.decoder import DecodeOne, Decoder, Prefill
 from deployments.generation import Run, Slots
-from deployments.sampling import Scores
+from deployments.sampling import Scores, rehearse
 from optim import CompiledModel
 from optim.shapes import Example, Inputs
 
@@ -66,6 +66,8 @@ def make_slots(
     module = decode.module if isinstance(decode, CompiledModel) else decode
     assert isinstance(module, DecodeOne)
     decoder = module.decoder
+    if on_gpu:
+        _rehearse(decoder, slots)
     return Slots(
         prefills,
         decode,
@@ -78,6 +80,14 @@ def make_slots(
         copy=torch.no_grad()(decoder.copy) if reuse else None,
         score=partial(_score, decoder),
     )
+
+
+@torch.no_grad()
+def _rehearse(decoder: Decoder, slots: int) -> None:
+    """Do for the first time what nothing is compiled for: picking from as many rows as there are slots, and scoring."""
+    logits = decoder.head(torch.zeros(max(slots, _SCORED), decoder.config.dim).to(decoder.embedding.weight))
+    rehearse(logits[:slots])
+    Scores([0] * _SCORED, logits[:_SCORED], 1).read()
 
 
 @torch.no_grad()

@@ -175,6 +175,17 @@ def pick(samplers: Sequence[Sampler], logits: torch.Tensor) -> Picks:
     return Picks(samplers, tokens, _are_sound(own), telling, told)
 
 
+def rehearse(logits: torch.Tensor) -> None:
+    """Pick from rows in every way, so that a GPU has loaded the code and the memory is there. [R, V].
+
+    What is compiled runs before a replica is ready, and this would not: the first request that samples would wait for
+    it and, where memory is short, end the replica.
+    """
+    shifted = Sampling(top_p=0.9, logprobs=1, logit_bias=((0, 0.0),))
+    for ways in ([Sampling(temperature=0)], [shifted], [Sampling(), shifted, Sampling(temperature=0)]):
+        pick([Sampler(ways[row % len(ways)]) for row in range(len(logits))], logits).read()
+
+
 def _are_sound(logits: torch.Tensor) -> torch.Tensor:
     """Say of each row whether it is one of numbers: NaN or infinity would be its largest. [R, V] -> [R]."""
     return logits.amax(-1).isfinite()

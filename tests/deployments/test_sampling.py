@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from deployments.sampling import Picked, Sampler, Sampling, _choose, pick
+from deployments import sampling
+from deployments.sampling import Picked, Sampler, Sampling, _choose, pick, rehearse
 
 
 def draw(logits: torch.Tensor, count: int, **how: Any) -> list[int]:
@@ -22,6 +23,24 @@ def pick_sound(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Picked
     found = [picked for picked in pick(samplers, logits).read() if picked is not None]
     assert len(found) == len(samplers)
     return found
+
+
+def test_a_rehearsal_does_all_that_a_request_may_ask_for_on_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: Counter[str] = Counter()
+
+    def watch(name: str, logits_at: int) -> None:
+        real = getattr(sampling, name)
+
+        def watched(*given: Any) -> Any:
+            rows[name] += len(given[logits_at])  # on a CPU row by row
+            return real(*given)
+
+        monkeypatch.setattr(sampling, name, watched)
+
+    for name, logits_at in {"_choose": 1, "_limit": 1, "_tell": 1, "_fall": 0, "_are_sound": 0}.items():
+        watch(name, logits_at)
+    rehearse(torch.zeros(6, 300))
+    assert len(rows) == 5 and min(rows.values()) >= 6, rows
 
 
 @pytest.mark.parametrize(

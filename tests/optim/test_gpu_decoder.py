@@ -61,7 +61,14 @@ def compile_decoder(decoder: Decoder, spans: Sequence[int]) -> dict[str, Compile
 
 
 def slots_of(runs: Mapping[str, Run], spans: Sequence[int]) -> Slots:
-    return make_slots(runs, max(SIZES), spans, PIECES, DEVICE)
+    return make_slots(runs, max(SIZES), spans, PIECES, DEVICE, reuse=True)
+
+
+def eager_slots(decoder: Decoder) -> Slots:
+    """Return slots that neither run ahead nor reuse anything."""
+    runs = {name: function.module for name, function in make_functions(decoder, SIZES, SPANS, PIECES).items()}
+    prefills = {size: runs[f"prefill {size}"] for size in PIECES}
+    return Slots(prefills, runs["decode"], SPANS, max(SIZES), min(PIECES), DEVICE)
 
 
 def ask(slots: Slots, number: int, ends: frozenset[int] = frozenset()) -> Generation:
@@ -92,10 +99,7 @@ def check_served_by_graphs(models: Mapping[str, CompiledModel]) -> None:
 
 def test_compiled_decoding_gives_each_the_tokens_that_it_has_alone_in_eager_mode() -> None:
     decoder = make_decoder(torch.float32)
-    functions = make_functions(decoder, SIZES, SPANS, PIECES)
-    runs = {name: function.module for name, function in functions.items()}
-    prefills = {size: runs[f"prefill {size}"] for size in PIECES}
-    eager = Slots(prefills, runs["decode"], SPANS, max(SIZES), min(PIECES), DEVICE)  # which does not run ahead
+    eager = eager_slots(decoder)
     expected, some = [], frozenset(range(0, 1000, 40))  # which end about half of the answers early
     for number in range(len(CALLERS)):
         alone = ask(eager, number, some)
@@ -106,6 +110,45 @@ def test_compiled_decoding_gives_each_the_tokens_that_it_has_alone_in_eager_mode
     together = [ask(slots, number, some) for number in range(len(CALLERS))]  # of 3 and 2 rows there is no bucket
     finish(slots)
     assert [generation.tokens for generation in together] == expected
+    check_served_by_graphs(models)
+
+
+def test_what_prompts_share_is_reused_and_a_prompt_is_scored_between() -> None:
+    decoder = make_decoder(torch.float32)
+    eager = eager_slots(decoder)
+
+    def alone(prompt: Sequence[int], how: Mapping[str, Any]) -> list[int]:
+        one = Generation(prompt, Sampler(Sampling(**how)), 20)
+        eager.add(one)
+        finish(eager)
+        return one.tokens
+
+    models = compile_decoder(decoder, SPANS)
+    slots = slots_of(models, SPANS)
+    prompt = torch.randint(1000, (40,), generator=torch.Generator().manual_seed(9)).tolist()
+    ways = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_p": 0.8}, {"seed": 3, "top_k": 20}]
+    answers = [Generation(prompt, Sampler(Sampling(**how)), 20) for how in ways]
+    for one in answers:
+        slots.add(one)
+    finish(slots)
+    turn = [*prompt, *answers[0].tokens, *range(9)]
+    scored = Generation(turn, Sampler(Sampling(temperature=0)), 20, scores=2)
+    slots.add(scored)
+    finish(slots)
+    gone = Generation(list(range(100)), Sampler(Sampling()), 20)
+    slots.add(gone)
+    with torch.no_grad():
+        slots.step()
+    gone.gone = True
+    more = [Generation([*given, 7], Sampler(Sampling(temperature=0)), 20) for given in (turn, range(80), turn)]
+    for one in more:
+        slots.add(one)
+    finish(slots)
+    assert [one.reused for one in [*answers, scored, *more]] == [0, 32, 32, 32, 0, 64, 32, 64]
+    assert [one.tokens for one in answers] == [alone(prompt, how) for how in ways]
+    greedy = {"temperature": 0}
+    assert scored.tokens == alone(turn, greedy)
+    assert [one.tokens for one in more] == [alone(one.prompt, greedy) for one in more]
     check_served_by_graphs(models)
 
 
