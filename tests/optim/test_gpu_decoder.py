@@ -126,7 +126,7 @@ def test_what_prompts_share_is_reused_and_a_prompt_is_scored_between() -> None:
     models = compile_decoder(decoder, SPANS)
     slots = slots_of(models, SPANS)
     prompt = torch.randint(1000, (40,), generator=torch.Generator().manual_seed(9)).tolist()
-    ways = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_p": 0.8}, {"seed": 3, "top_k": 20}]
+    ways: list[dict[str, Any]] = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_p": 0.8}, {"seed": 3, "top_k": 20}]
     answers = [Generation(prompt, Sampler(Sampling(**how)), 20) for how in ways]
     for one in answers:
         slots.add(one)

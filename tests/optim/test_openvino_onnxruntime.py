@@ -207,6 +207,7 @@ def test_an_example_of_another_size_proves_nothing() -> None:
 
 
 @NEEDS_OPENVINO
+@pytest.mark.any_torch
 def test_sizes_that_there_is_no_time_to_prove_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(self: Trial) -> None:
         while True:
