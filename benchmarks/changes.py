@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("workload", nargs="?", choices=SERVABLES, default="photos")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--share", type=float, default=0.3, help="of what 32 clients get")
-    # In 20 s the p99 was that of five requests, and 85 to 228 ms on one machine (issue 5).
+    # In 20 s the p99 was that of five requests, and anything from 85 to 228 ms on machines of one kind (issue 5).
     parser.add_argument("--seconds", type=float, default=120.0, help="of the load before anything changes")
     parser.add_argument("--budget-s", type=float, default=30.0)
     options = parser.parse_args()

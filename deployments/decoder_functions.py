@@ -84,10 +84,10 @@ def make_slots(
 
 @torch.no_grad()
 def _rehearse(decoder: Decoder, slots: int) -> None:
-    """Do for the first time what nothing is compiled for: picking from as many rows as there are slots, and scoring."""
-    logits = decoder.head(torch.zeros(max(slots, _SCORED), decoder.config.dim).to(decoder.embedding.weight))
-    rehearse(logits[:slots])
-    Scores([0] * _SCORED, logits[:_SCORED], 1).read()
+    """Do for the first time what logits are for: picking from as many rows as there are slots, and scoring."""
+    weight, vocabulary = decoder.embedding.weight, decoder.config.vocabulary
+    rehearse(weight.new_zeros(slots, vocabulary))
+    Scores([0] * _SCORED, weight.new_zeros(_SCORED, vocabulary), 20).read()
 
 
 @torch.no_grad()

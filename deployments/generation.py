@@ -69,7 +69,7 @@ class Generation:
     reused: int = 0
     """Tokens of the prompt that another request had left there."""
     cuts: list[int] = field(default_factory=list)
-    """Where pieces of the prompt that were run end, and what was reused of it."""
+    """After how many tokens of the prompt a piece ends that nothing padded."""
     picked: int = 0
     """Tokens that were picked for it, also those that are not known yet."""
     scored: list[Scores] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Generation:
 
     def held(self) -> Held:
         """Return the tokens that are in the cache, as far as they are known."""
-        # The logits of its first token have come of all of the prompt, and each later token was run by itself.
+        # Its first token came of sound logits, which see all of the prompt; later tokens are run one by one.
         return Held([*self.prompt, *self.tokens][: self.done], None if self.tokens else self.cuts)
 
     def is_full(self, tokens: int, length: int) -> bool:
@@ -117,8 +117,9 @@ class Slots:
     themselves never have to come to the CPU in between. A request that ends with one of its `ends` has had one row too
     many by then, which nobody sees.
 
-    With `copy` a request that begins as another one did, in pieces of the least prefill, does not run that again; but
-    for one that asks how its prompt scores. `clear` empties a slot from a token on.
+    With `copy` a request that begins as another one did, in pieces of the least prefill, does not run that again (where
+    no token of the other one's answer is known, up to the end of a piece that it ran); but for one that asks how its
+    prompt scores. `clear` empties a slot from a token on.
     """
 
     def __init__(
@@ -217,12 +218,14 @@ class Slots:
         """Give a request a slot, with the tokens of its prompt that the cache has already; return how many."""
         others = None
         if self._copy is not None and generation.scores is None:
-            if not all(one.tokens for one in self._running):
-                self._read()  # what shows that all of a prompt may be reused: it may be another answer's
+            least = min(self._prefills)
+            begins = list(generation.prompt[:least])
+            if any(not one.tokens and list(one.prompt[:least]) == begins for one in self._running):
+                self._read()  # its first token, after which any part of its prompt may be reused: `n` answers come so
             others = {one.slot: one.held() for one in self._running}
         place = self._free.take(list(generation.prompt), others)
         generation.slot, generation.done, generation.reused = place.slot, place.count, place.count
-        generation.cuts = [place.count]
+        generation.cuts = list(place.cuts)
         if place.slot in self._unclear:
             self._clear(place.slot, place.count if place.source == place.slot else 0)
             self._unclear.discard(place.slot)
@@ -254,7 +257,8 @@ class Slots:
             self._settle_failure(generation, error)
             return 0
         generation.done += count
-        generation.cuts.append(generation.done)
+        if count == size:
+            generation.cuts.append(generation.done)
         if generation.is_prefilled:
             self._filling = None
             self._running.append(generation)

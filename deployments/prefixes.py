@@ -3,34 +3,38 @@
 A token's keys and values come of it and of those before it alone. So a request that begins as another one did, as a
 chat's next turn does, has them copied, or is given the very slot; and a prompt of several answers is run once.
 
-But one whose own are no numbers makes such of all that is run in one piece with it, also of those before it.
+But a token whose own are NaN makes NaN of those of all tokens in its piece, also of the ones before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Held:
-    """The tokens that a slot has, and where they may be cut: at these places, or with None anywhere.
+    """The tokens that a slot has, and after how many of them others may go on: after these, or with None after any.
 
-    Before anybody has seen logits that come of them, that is where pieces ended: what is no number can then only be of
-    tokens that are reused, and not of others behind the cut.
+    While nobody has seen sound logits that come of the tokens, others go on where a piece ended that nothing padded:
+    where there is NaN then, it comes of tokens that they have as well.
     """
 
     tokens: list[int] = field(default_factory=list)
-    cuts: list[int] | None = None
+    cuts: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """The slot that a request gets, and the slot that has the first `count` tokens of its prompt: maybe the same."""
+    """The slot that a request gets, and the slot that has the first `count` tokens of its prompt: maybe the same.
+
+    `cuts` are those that the tokens bring along.
+    """
 
     slot: int
     source: int
     count: int
+    cuts: Sequence[int] = field(default=(), compare=False)
 
 
 class FreeSlots:
@@ -60,24 +64,28 @@ class FreeSlots:
         token of the prompt is always left to be run: its logits are what comes of it. Without `others` nothing is
         reused.
         """
-        source, count = -1, 0
+        source = -1
+        cuts: Sequence[int] = ()
         if others is not None:
             held = {**self._kept, **others}
-            counts = {slot: self._common(prompt, one) for slot, one in held.items()}
+            found = {slot: self._common(prompt, one) for slot, one in held.items()}
             # Of equal ones the free one that has least beside it: that it may be given away, and nothing be copied.
-            best = max(held, key=lambda slot: (counts[slot], slot in self._kept, -len(held[slot].tokens)))
-            if counts[best]:
-                source, count = best, counts[best]
+            best = max(
+                held, key=lambda slot: (max(found[slot], default=0), slot in self._kept, -len(held[slot].tokens))
+            )
+            if found[best]:
+                source, cuts = best, found[best]
+        count = max(cuts, default=0)
         if source in self._kept and len(self._kept[source].tokens) - count < 2 * self._piece:
             slot = source
         else:
             left = [slot for slot in self._kept if slot != source] or [source]
             slot = min(left, key=lambda slot: len(self._kept[slot].tokens) > 0)
         del self._kept[slot]
-        return Place(slot, source if count else slot, count)
+        return Place(slot, source if count else slot, count, cuts)
 
-    def _common(self, prompt: list[int], held: Held) -> int:
-        """Return how many tokens both begin with, in whole pieces up to a cut; one of the prompt's is left."""
+    def _common(self, prompt: list[int], held: Held) -> Sequence[int]:
+        """Return the cuts up to which both are the same, in whole pieces; one token of the prompt is left."""
         tokens = held.tokens
         same, most = 0, min(len(prompt) - 1, len(tokens)) // self._piece
         while same < most:  # halving what is left, so that it is all compared about once, and not in Python
@@ -87,7 +95,5 @@ class FreeSlots:
                 same = middle
             else:
                 most = middle - 1
-        count = same * self._piece
-        if held.cuts is None:
-            return count
-        return max((cut for cut in held.cuts if cut <= count and cut % self._piece == 0), default=0)
+        pieces = range(self._piece, same * self._piece + 1, self._piece)
+        return pieces if held.cuts is None else [cut for cut in held.cuts if cut in pieces]

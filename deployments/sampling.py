@@ -181,7 +181,7 @@ def rehearse(logits: torch.Tensor) -> None:
     What is compiled runs before a replica is ready, and this would not: the first request that samples would wait for
     it and, where memory is short, end the replica.
     """
-    shifted = Sampling(top_p=0.9, logprobs=1, logit_bias=((0, 0.0),))
+    shifted = Sampling(top_p=0.9, logprobs=20, logit_bias=((0, 0.0),))
     for ways in ([Sampling(temperature=0)], [shifted], [Sampling(), shifted, Sampling(temperature=0)]):
         pick([Sampler(ways[row % len(ways)]) for row in range(len(logits))], logits).read()
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from deployments.args import ModelArgs
 from deployments.compile import compile_generator, slots_of
+from deployments.decoder import DecodeOne
+from deployments.decoder_functions import _rehearse
 from deployments.generate import TextGenerator
 from deployments.generation import Generation
 from deployments.int8 import Int8Linear, perplexity
@@ -118,6 +120,9 @@ def test_it_is_compiled_and_answers(tmp_path: Path) -> None:
     assert isinstance(generator, TextGenerator)
     models = compile_generator(generator, args, "cpu", 2)
     assert generator.notes[0] in models["decode"].report.notes
+    decode = models["decode"].module
+    assert isinstance(decode, DecodeOne)
+    _rehearse(decode.decoder, 40)  # as on a GPU
     slots = slots_of(models, generator, args)
     asked = Generation(generator.encode("hello"), Sampler(Sampling(temperature=0)), 20)
     slots.add(asked)

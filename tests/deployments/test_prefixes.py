@@ -142,14 +142,15 @@ def test_the_next_turn_of_a_chat_runs_only_what_is_new(model: Model, runs_ahead:
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
-def test_a_prompt_of_several_answers_is_run_once(model: Model, runs_ahead: bool) -> None:
+@pytest.mark.parametrize(("size", "kept"), [(45, 40), (31, 24)])  # in three pieces, or in one that is padded
+def test_a_prompt_of_several_answers_is_run_once(model: Model, size: int, kept: int, runs_ahead: bool) -> None:
     slots = model.slots(runs_ahead=runs_ahead)
-    prompt = draw(5, 45)
+    prompt = draw(5, size)
     asked = [ask(slots, prompt, 20, ends=model.generator.ends) for _ in range(4)]
     steps = finish(slots)
-    assert [generation.reused for generation in asked] == [0, 40, 40, 40]
-    assert sum(step.prefilled for step in steps) == 45 + 3 * 5
-    assert sum(step.reused for step in steps) == 3 * 40
+    assert [generation.reused for generation in asked] == [0, kept, kept, kept]
+    assert sum(step.prefilled for step in steps) == size + 3 * (size - kept)
+    assert sum(step.reused for step in steps) == 3 * kept
     assert all(map(model.is_right, asked))
 
 
@@ -187,7 +188,7 @@ def test_what_somebody_who_hung_up_has_left_is_reused(model: Model, runs_ahead: 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_what_failed_is_not_reused_and_what_it_shared_is(tmp_path: Path, runs_ahead: bool) -> None:
-    """A token makes what is no number: of all behind it, and of nothing before it."""
+    """A token makes what is no number: of all behind it, and of nothing in pieces before its own."""
     model = Model(tmp_path, "qwen2")  # whose head is another tensor
     with torch.no_grad():
         model.decoder.embedding.weight[7] = torch.nan
@@ -252,6 +253,35 @@ def test_what_is_no_number_is_given_to_nobody_with_what_it_was_run_with(
     finish(slots)
     assert [generation.tokens for generation in asked] == [good.tokens] * len(asked)
     assert bad.tokens == []
+
+
+def test_nor_with_what_padded_it(tmp_path: Path) -> None:
+    model = Model(tmp_path, "qwen2")
+    with torch.no_grad():
+        model.decoder.embedding.weight[0] = torch.nan  # the token that pads
+    prompt = [*draw(9, 24), *range(9, 17)]
+    fresh = model.slots()
+    good = ask(fresh, prompt, 5)
+    finish(fresh)
+    assert len(good.tokens) == 5
+    slots = model.slots()
+    ask(slots, prompt[:24], 0)
+    finish(slots)
+    again = ask(slots, prompt, 5)
+    finish(slots)
+    assert (again.reused, again.tokens) == (0, good.tokens)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_who_hangs_up_leaves_what_it_took_over_as_it_was(model: Model, runs_ahead: bool) -> None:
+    slots = model.slots(runs_ahead=runs_ahead)
+    first, _ = answer(slots, model, draw(10, 90))
+    gone = ask(slots, [*first.prompt, *first.tokens, *draw(11, 50)])
+    slots.step()
+    assert gone.reused >= 88 and not gone.tokens
+    gone.gone = True
+    other, ran = answer(slots, model, [*first.prompt[:60], *draw(12, 20)])
+    assert (other.reused, ran, model.is_right(other)) == (56, 24, True)
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -28,19 +28,23 @@ def pick_sound(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Picked
 def test_a_rehearsal_does_all_that_a_request_may_ask_for_on_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: Counter[str] = Counter()
 
-    def watch(name: str, logits_at: int) -> None:
-        real = getattr(sampling, name)
+    def watch(name: str, count: Callable[..., int], of: Any = sampling) -> None:
+        real = getattr(of, name)
 
         def watched(*given: Any) -> Any:
-            rows[name] += len(given[logits_at])  # on a CPU row by row
+            rows[name] += count(*given)
             return real(*given)
 
-        monkeypatch.setattr(sampling, name, watched)
+        monkeypatch.setattr(of, name, watched)
 
-    for name, logits_at in {"_choose": 1, "_limit": 1, "_tell": 1, "_fall": 0, "_are_sound": 0}.items():
-        watch(name, logits_at)
+    watch("_choose", lambda how, logits, numbers: len(logits))  # on a CPU row by row
+    watch("_limit", lambda how, logits: len(logits))
+    watch("_tell", lambda tokens, logits, most: len(tokens))
+    watch("_in_order", lambda parts: sum(len(part) for part, _ in parts) if len(parts) > 1 else 0)
+    watch("shift", lambda sampler, logits: 1, Sampler)
+    watch("pick", lambda samplers, logits: sum(one.sampling.temperature == 0 for one in samplers))
     rehearse(torch.zeros(6, 300))
-    assert len(rows) == 5 and min(rows.values()) >= 6, rows
+    assert len(rows) == 6 and min(rows.values()) >= 6, rows
 
 
 @pytest.mark.parametrize(

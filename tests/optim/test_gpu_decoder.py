@@ -11,7 +11,7 @@ import torch
 from deployments.compile import compile_functions
 from deployments.decoder import Decoder, DecoderConfig
 from deployments.decoder_functions import make_functions, make_slots
-from deployments.generation import Generation, Run, Slots
+from deployments.generation import Generation, Run, Scored, Slots, What
 from deployments.int8 import quantize
 from deployments.sampling import Sampler, Sampling, pick
 from optim import CompiledModel
@@ -79,10 +79,13 @@ def ask(slots: Slots, number: int, ends: frozenset[int] = frozenset()) -> Genera
     return found
 
 
-def finish(slots: Slots) -> None:
+def finish(slots: Slots) -> list[What]:
+    """Return all that was told."""
+    told = []
     with torch.no_grad():
         while len(slots):
-            slots.step()
+            told += [what for _, what in slots.step().events]
+    return told
 
 
 def check_served_by_graphs(models: Mapping[str, CompiledModel]) -> None:
@@ -134,7 +137,8 @@ def test_what_prompts_share_is_reused_and_a_prompt_is_scored_between() -> None:
     turn = [*prompt, *answers[0].tokens, *range(9)]
     scored = Generation(turn, Sampler(Sampling(temperature=0)), 20, scores=2)
     slots.add(scored)
-    finish(slots)
+    told = finish(slots)
+    assert isinstance(told[0], Scored) and len(told[0].prompt) == len(turn)
     gone = Generation(list(range(100)), Sampler(Sampling()), 20)
     slots.add(gone)
     with torch.no_grad():

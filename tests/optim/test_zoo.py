@@ -237,7 +237,6 @@ def test_torchscript_is_served_by_what_takes_it(backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.any_torch
 @pytest.mark.skipif(not CPU["cxx"].available, reason=CPU["cxx"].detail)
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
