@@ -64,18 +64,16 @@ class FreeSlots:
         token of the prompt is always left to be run: its logits are what comes of it. Without `others` nothing is
         reused.
         """
-        source = -1
+        source, count = -1, 0
         cuts: Sequence[int] = ()
         if others is not None:
             held = {**self._kept, **others}
             found = {slot: self._common(prompt, one) for slot, one in held.items()}
+            counts = {slot: max(common, default=0) for slot, common in found.items()}
             # Of equal ones the free one that has least beside it: that it may be given away, and nothing be copied.
-            best = max(
-                held, key=lambda slot: (max(found[slot], default=0), slot in self._kept, -len(held[slot].tokens))
-            )
-            if found[best]:
-                source, cuts = best, found[best]
-        count = max(cuts, default=0)
+            best = max(held, key=lambda slot: (counts[slot], slot in self._kept, -len(held[slot].tokens)))
+            if counts[best]:
+                source, count, cuts = best, counts[best], found[best]
         if source in self._kept and len(self._kept[source].tokens) - count < 2 * self._piece:
             slot = source
         else:
