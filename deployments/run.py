@@ -8,6 +8,7 @@ same file works as well, through the Python proxy; so does this one with RAY_SER
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import stat
@@ -27,6 +28,8 @@ _SCRIPT = Path(__file__).with_name("haproxy.sh")
 _PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
 #: Where `http_options.host` may say to listen for HAProxy to find the replicas.
 _HOSTS_OF_HAPROXY = ("127.0.0.1", "localhost", "0.0.0.0")
+#: What says where Ray has the token from that its processes ask each other for, or that there is none.
+_TOKEN_VARIABLES = frozenset(("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
 #: A socket's path has 107 characters; Ray Serve adds a port, a node's name of 56, and a file's of 12 to the folder's.
 _LONGEST_BASE = 107 - len("/65535/") - 56 - len("/metrics.sock")
 
@@ -143,6 +146,21 @@ def _find_free(port: int) -> int | None:
         return int(found.getsockname()[1])
 
 
+def _can_keep_token() -> bool:
+    """Return whether Ray finds its token in ~/.ray, or can leave one there; else a Ray of its own would not start.
+
+    A container's user may have no home, or one that it cannot write to.
+    """
+    try:
+        token = Path.home() / ".ray" / "auth_token"
+        if token.is_file():
+            return os.access(token, os.R_OK)
+        token.parent.mkdir(parents=True, exist_ok=True)
+        return os.access(token.parent, os.W_OK)
+    except (OSError, RuntimeError):  # the second where there is no home
+        return False
+
+
 def main(arguments: list[str]) -> int:
     """Check the file and become `serve run`; return a status only where there is a mistake."""
     path, *rest = arguments or ["serve_config.yaml"]
@@ -162,6 +180,9 @@ def main(arguments: list[str]) -> int:
         os.setpriority(os.PRIO_PROCESS, 0, int(environment[SERVING]) + NICER)
     # A Ray of its own, also where one runs already: that has none of these settings.
     address = given.get("RAY_ADDRESS") or "local"
+    if address == "local" and not _TOKEN_VARIABLES & environment.keys() and not _can_keep_token():
+        print("~/.ray cannot be written: for `serve status` and the like set RAY_AUTH_TOKEN", file=sys.stderr)
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.execve(program, [str(program), "run", "--address", address, path, *rest], environment)
 
 

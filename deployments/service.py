@@ -160,7 +160,15 @@ class ModelService(Served):
 
     def _pin(self, inputs: Inputs) -> Inputs:
         """Put inputs for a GPU into pinned memory, from which the model thread can copy without waiting."""
-        return tuple(t.pin_memory() if t.device.type == "cpu" else t for t in inputs) if self._pins else inputs
+        if not self._pins:
+            return inputs
+        try:
+            return tuple(t.pin_memory() if t.device.type == "cpu" else t for t in inputs)
+        except RuntimeError:
+            # Of a device that is gone the model thread has to hear, by which the replica's health goes; a copy from
+            # other memory is only slower.
+            logger.warning("inputs cannot be put into pinned memory", exc_info=True)
+            return inputs
 
     def _check_tensors(self, tensors: Mapping[str, Any]) -> Inputs:
         known = [info.name for info in self.inputs]

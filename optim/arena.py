@@ -28,6 +28,13 @@ from optim.scratch import Scratch
 _OVERRUN_S, _OVERRUN = 5.0, 0.25
 
 
+def _make_folder() -> Scratch:
+    try:
+        return Scratch("race")
+    except OSError as error:  # a full disk
+        raise NotCarried(f"there can be no folder for it: {error}") from error
+
+
 def race_apart(
     job: EngineJob,
     reference: Reference,
@@ -42,7 +49,7 @@ def race_apart(
     """
     standing = Standing()
     waiting = list(names)
-    with Scratch("race") as folder:
+    with _make_folder() as folder:
         pack(folder, job, reference, names)
         while waiting and budget_s > 0:
             turn, stage = None, "build"

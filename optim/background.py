@@ -76,7 +76,10 @@ def put_off(todo: PutOff, job: EngineJob, reference: Reference, names: list[str]
         compare(twin(*smallest), reference.run(smallest))
     except Mismatch as error:
         raise NotCarried(f"a copy of the module answers differently ({error})") from error
-    folder = Scratch("background")
+    try:
+        folder = Scratch("background")
+    except OSError as error:  # a full disk
+        raise NotCarried(f"there can be no folder for it: {error}") from error
     given = {
         "made_for": todo.made_for,
         "streams": todo.streams,

@@ -69,13 +69,13 @@ def choose(
     start = Start(job, reference, report, streams, must_pay=streams_must_pay, race=choice.race)
     if reference.obstacle:
         report.refusals += [Refusal(name, "preflight", None, None, reference.obstacle) for name in choice.names]
-        return Outcome(*start.start_cold((), Path()))
+        return Outcome(*start.start_cold((), None))
     cache, made_for = None, None
     if choice.names and job.config.cache.enable:
         with clock(report, "cache"):
             cache, made_for = open_cache(job, report), describe_subject(job, streams, report)
     if cache is None or made_for is None:
-        with Scratch("build") as folder:
+        with _build_folder(report) as folder:
             return Outcome(*start.start_cold(choice.names, folder))
     key = key_of(made_for)
     exchange = Exchange(cache, key, [*shares, *open_uri(job, report)], report)
@@ -105,7 +105,7 @@ def choose(
                 break
             built = start_by_plan(start, todo, path, job.config.cache.oldest())
             if built is None and path.exists():  # it could not be set aside, or shall not be: nothing takes its place
-                with _turn(cache, job, report), Scratch("build") as folder:
+                with _turn(cache, job, report), _build_folder(report) as folder:
                     built = start.start_cold(choice.names, folder)
     report.notes += cache.notes
     return Outcome(*built)
@@ -147,10 +147,25 @@ def _race(
     report: CompileReport,
 ) -> tuple[Built, Path | None]:
     """Let engines compete in their turn; return what they built, and the entry where the plan is kept, if it is."""
-    with _turn(cache, job, report), Scratch("build") as folder:
+    with _turn(cache, job, report), _build_folder(report) as folder:
         built = start.start_cold(names, folder)
+        if folder is None:
+            return built, None
         plan = Plan.of(report, made_for, start.remarks)
         return built, keep_plan(job, cache, key, folder, plan, report)
+
+
+@contextmanager
+def _build_folder(report: CompileReport) -> Iterator[Path | None]:
+    """Make a folder for what engines leave for later starts; None, with a note, where there can be none."""
+    try:
+        folder = Scratch("build")
+    except OSError as error:  # a full disk: what is kept would not fit either, and a start needs none of it
+        report.warn(f"no plan is kept: there can be no temporary folder: {error}")
+        yield None
+        return
+    with folder as path:
+        yield path
 
 
 def fill_cache(

@@ -13,7 +13,8 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from optim import pages
+from optim.cache import CacheUnusable, default_folder
 from optim.errors import describe
 from optim.private import why_unusable
 from optim.scratch import Scratch
@@ -30,6 +32,10 @@ from optim.scratch import Scratch
 logger = logging.getLogger(__name__)
 
 _INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+_CGROUPS = Path("/sys/fs/cgroup")
+#: Limit, use, and what of that is kept of files, by the version of control groups.
+_MEMORY_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_MEMORY_V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,13 @@ def ensure_cache_folder() -> str | None:
     cases this process, and those that it starts, use a folder that is theirs. Call before anything imports Dynamo.
     """
     asked = os.environ.get(_INDUCTOR_FOLDER)
-    default = Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}"
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except OSError as error:
+        note = f"Inductor has no folder for its cache, and engines that need one fail: {error.strerror}"
+        logger.warning(note)
+        return note
+    default = temporary / f"torchinductor_{_user_name()}"
     # Anybody can put a link where the default is, which is what Dynamo asks for once it was imported.
     folder = Path(asked).resolve() if asked and Path(asked) != default else default
     why = why_unusable(folder)
@@ -121,15 +133,28 @@ def ensure_cache_folder() -> str | None:
             os.environ[_INDUCTOR_FOLDER] = str(folder)  # what was looked at, wherever a link will lead to
         return None
     # Not of this process alone: beside a torch that has made its own for a group, the next start is to find it, too.
-    own = Path(tempfile.gettempdir()) / f"pt2-inductor-{os.getuid()}"
-    if why_unusable(own) is not None:
-        scratch = Scratch("inductor")
-        atexit.register(scratch.remove)  # which keeps it until then
-        own = scratch.path
-    os.environ[_INDUCTOR_FOLDER] = str(own)
-    note = f"Inductor's cache folder {why}; {own} is used instead"
+    own = _find_own_folder(temporary)
+    if own is not None:
+        os.environ[_INDUCTOR_FOLDER] = str(own)
+    note = f"Inductor's cache folder {why}; {own or 'none'} is used instead"
     logger.warning(note)
     return note
+
+
+def _find_own_folder(temporary: Path) -> Path | None:
+    """Return a folder for code that is this user's, or this process's if it has to be; None where there can be none."""
+    folders = [temporary / f"pt2-inductor-{os.getuid()}"]
+    with suppress(CacheUnusable):
+        folders.append(default_folder() / "inductor")  # where that for temporary files is mounted noexec
+    for folder in folders:
+        if why_unusable(folder) is None:
+            return folder
+    try:
+        scratch = Scratch("inductor")
+    except OSError:
+        return None
+    atexit.register(scratch.remove)  # which keeps it until then
+    return scratch.path
 
 
 def _user_name() -> str:
@@ -180,16 +205,35 @@ def available_bytes() -> int | None:
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        # What the kernel only keeps of files counts as used there, and is given up when asked for.
-        kept = [
-            line.split()[1]
-            for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        ]
-        found.append(int(text) - int(used.read_text()) + int(kept[0] if kept else 0))
-    return min(found, default=None)
+    return min([*found, *_left_in_control_groups()], default=None)
+
+
+def _left_in_control_groups(mount: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Yield what this process's control group may still take, and each that it is part of, where there is a limit.
+
+    A container sees its own as the root, unless it has the machine's namespace (`--cgroupns=host`); a service of
+    systemd's has one further down. Version 1 has a hierarchy for memory, other files, and no word for no limit.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:  # no Linux
+        return
+    for number, controllers, path in lines:
+        if "memory" in controllers.split(","):
+            root, (limit, used, kept) = mount / "memory", _MEMORY_V1
+        elif number == "0":
+            root, (limit, used, kept) = mount, _MEMORY_V2
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            with suppress(OSError, ValueError):  # it lies outside of the namespace, or has no limit
+                most = int((folder / limit).read_text())
+                # What the kernel only keeps of files counts as used there, and is given up when asked for.
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield most - int((folder / used).read_text()) + int(stat.get(kept, 0))
+            if folder == root:
+                break
 
 
 def is_room_for(size: int) -> bool:

@@ -63,7 +63,13 @@ def is_device_error(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether a device's memory ran out: its context is sound, and less may fit."""
-    texts = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    # The first is of torch's allocator, the second the driver's own: a graph that is instantiated, pinned memory.
+    texts = (
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    )
     return any(isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in texts) for e in causes(error))
 
 

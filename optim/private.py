@@ -28,10 +28,12 @@ def require_private(path: Path) -> None:
 
 
 def why_unusable(folder: Path) -> str | None:
-    """Make a folder that this user alone can write to; return why it cannot be used as one, if so."""
+    """Make a folder for code, that this user alone can write to; return why it cannot be used as one, if so."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_private(folder)
+        if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):  # as `docker run --tmpfs` mounts it
+            return f"{folder} is mounted noexec, so that no library can be loaded from it"
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:

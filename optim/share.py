@@ -11,6 +11,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -230,8 +231,13 @@ class UriShare:
         content = self._sign(entry, packed) + packed
         if _is_local(self._files):  # object stores show a file only when it is whole
             made = f"{path}.{hashlib.sha256(content).hexdigest()[:16]}"
-            self._files.pipe_file(made, content)
-            os.replace(made, path)
+            try:
+                self._files.pipe_file(made, content)
+                os.replace(made, path)
+            except BaseException:  # a full disk, say, which what was written would keep full
+                with suppress(OSError):
+                    os.unlink(made)
+                raise
         else:
             self._files.pipe_file(path, content)
 
@@ -239,7 +245,9 @@ class UriShare:
         return f"{self._folder}/{entry}.tar.signed"
 
     def _sign(self, entry: str, packed: bytes) -> bytes:
-        return hmac.digest(self._key, entry.encode() + b"\0" + packed, "sha256")
+        signing = hmac.new(self._key, entry.encode() + b"\0", "sha256")
+        signing.update(packed)  # not all at once: hmac.digest takes no more than 2 GB, and a copy of it
+        return signing.digest()
 
 
 def _is_local(files: Any) -> bool:

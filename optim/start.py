@@ -69,8 +69,8 @@ class Start:
         with clock(self._report, "build"):
             return Builder(self._job, self._reference, self._report, ENGINE_LIMIT_S, {}).build({})
 
-    def start_cold(self, names: tuple[str, ...], folder: Path) -> Built:
-        """Let the engines named compete, or build the one; what they leave for the next start goes to a folder."""
+    def start_cold(self, names: tuple[str, ...], folder: Path | None) -> Built:
+        """Let the engines named compete, or build the one; what they leave for later starts goes to the folder."""
         job, report = replace(self._job, kept=folder), self._report
         ranking: Mapping[Bucket, list[str]] = {bucket: list(names) for bucket in job.samples}
         limit_s = job.config.tune.budget_s or ENGINE_LIMIT_S

@@ -102,7 +102,10 @@ class AotEngine(Engine):
             return torch.export.export(flat, sample, dynamic_shapes=None if dynamic is None else {"inputs": dynamic})
 
     def _package(self, exported: ExportedProgram, path: Path) -> None:
-        with torch.no_grad():
+        import torch._inductor.config as inductor_config
+
+        # Left to itself it starts a worker for each of the machine's CPUs, and keeps them; a CPU's code uses none.
+        with torch.no_grad(), inductor_config.patch(compile_threads=torch.get_num_threads()):
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
 
     def save(self, folder: Path) -> None:

@@ -177,6 +177,30 @@ def test_a_folder_that_checking_was_given_is_not_handed_on(temporary: Path, monk
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"
 
 
+@pytest.mark.parametrize("has_token", [False, True])
+def test_where_ray_cannot_keep_a_token_it_is_given_one(
+    temporary: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    has_token: bool,
+) -> None:
+    """A container's user may have no home that it can write to, where Ray ends at once without."""
+    monkeypatch.setattr(run, "check", lambda paths: 0)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if has_token:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    monkeypatch.setenv("HOME", os.devnull)
+    ((_, environment),) = _start(monkeypatch)
+    assert (environment["RAY_AUTH_TOKEN"] == "mine") == has_token
+    assert (environment.get("RAY_AUTH_MODE") == "token") != has_token
+    assert ("~/.ray cannot be written" in capsys.readouterr().err) != has_token
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ((_, environment),) = _start(monkeypatch)
+    assert environment.get("RAY_AUTH_TOKEN") == ("mine" if has_token else None)
+
+
 def _start(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[tuple[list[str], dict[str, str]]]:
     """Return what would be executed: arguments and environment."""
     started: list[tuple[list[str], dict[str, str]]] = []

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import tempfile
 from typing import Any
 
 import pytest
@@ -113,6 +116,28 @@ def test_out_of_memory_is_never_a_compile_failure() -> None:
     from optim import is_device_error
 
     assert is_device_error(caught.value)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"compile": {"backend": "pt2test_faithful"}},
+        {"compile": {"backend": "pt2test_faithful", "when": "background"}},
+        {"tune": {"engines": ["pt2test_faithful", "pt2test_wrong"]}},
+    ],
+)
+def test_without_room_for_a_temporary_folder_it_is_compiled_all_the_same(
+    section: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **more: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    section = {**section, "compile": {**section.get("compile", {}), "only_if_faster": False}}
+    model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 4), device="cpu")
+    assert set(model.report.engines().values()) == {"pt2test_faithful"}
+    assert any("no plan is kept: there can be no temporary folder" in note for note in model.report.notes)
+    equal_to_eager(model, models.Mlp().eval(), models.features(3))
 
 
 def test_the_models_own_error_is_raised_as_such() -> None:

@@ -71,10 +71,24 @@ def test_data_dependent_control_flow_with_fullgraph_is_eager_with_the_reason() -
     assert "Data-dependent" in bucket.refusals[0].message
 
 
-def test_ahead_of_time_package_serves_every_batch_size() -> None:
+def test_ahead_of_time_package_serves_every_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     module = models.SmallCnn().eval()
     section = {"export": {"aot_compile": True}, "compile": {"enable": False, **KEEP}}
-    model = compile_model(module, models.images, section, batch_sizes=(1, 3), device="cpu")
+    build = torch._inductor.aoti_compile_and_package
+    workers: list[int | None] = []
+
+    def watch(*given: Any, **more: Any) -> Any:
+        workers.append(torch._inductor.config.compile_threads)
+        return build(*given, **more)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", watch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = compile_model(module, models.images, section, batch_sizes=(1, 3), device="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert set(workers) == {1}, "not one for each of the machine's CPUs"
     assert set(model.report.engines().values()) == {"aot"}, model.report.all_refusals()
     with torch.no_grad():
         for rows in (1, 2, 3, 5):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hmac
 import io
 import json
+import os
 import tarfile
 import threading
 from datetime import UTC, datetime, timedelta
@@ -357,3 +360,24 @@ def test_an_archive_cannot_write_elsewhere(tmp_path: Path) -> None:
         with pytest.raises(tarfile.TarError):
             unpack(made.getvalue(), tmp_path / "in")
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_signature_is_of_name_and_content() -> None:
+    share = UriShare("memory://somewhere", KEY)
+    assert share._sign("entry", b"content") == hmac.digest(KEY.encode(), b"entry\0content", "sha256")
+
+
+def test_an_upload_that_fails_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = UriShare(f"file://{tmp_path / 'shared'}", KEY)
+    folder = tmp_path / "entry"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"content")
+
+    def pipe_file(path: str, content: bytes) -> None:
+        Path(path).write_bytes(content[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(share._files, "pipe_file", pipe_file)
+    with pytest.raises(OSError, match="No space left"):
+        share.offer("entry", folder)
+    assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
