@@ -28,8 +28,8 @@ _SCRIPT = Path(__file__).with_name("haproxy.sh")
 _PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
 #: Where `http_options.host` may say to listen for HAProxy to find the replicas.
 _HOSTS_OF_HAPROXY = ("127.0.0.1", "localhost", "0.0.0.0")
-#: What says where Ray has the token from that its processes ask each other for, or that there is none.
-_TOKEN_VARIABLES = frozenset(("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+#: What says which token Ray's processes ask each other for.
+_TOKEN_VARIABLES = frozenset(("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
 #: A socket's path has 107 characters; Ray Serve adds a port, a node's name of 56, and a file's of 12 to the folder's.
 _LONGEST_BASE = 107 - len("/65535/") - 56 - len("/metrics.sock")
 
@@ -180,7 +180,8 @@ def main(arguments: list[str]) -> int:
         os.setpriority(os.PRIO_PROCESS, 0, int(environment[SERVING]) + NICER)
     # A Ray of its own, also where one runs already: that has none of these settings.
     address = given.get("RAY_ADDRESS") or "local"
-    if address == "local" and not _TOKEN_VARIABLES & environment.keys() and not _can_keep_token():
+    has_mode = environment.get("RAY_AUTH_MODE", "token").lower() == "token"  # a Ray of its own does by itself
+    if address == "local" and has_mode and not _TOKEN_VARIABLES & environment.keys() and not _can_keep_token():
         print("~/.ray cannot be written: for `serve status` and the like set RAY_AUTH_TOKEN", file=sys.stderr)
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.execve(program, [str(program), "run", "--address", address, path, *rest], environment)

@@ -167,7 +167,8 @@ class ModelService(Served):
         except RuntimeError:
             # Of a device that is gone the model thread has to hear, by which the replica's health goes; a copy from
             # other memory is only slower.
-            logger.warning("inputs cannot be put into pinned memory", exc_info=True)
+            logger.warning("inputs cannot be put into pinned memory, and are not any more", exc_info=True)
+            self._pins = False
             return inputs
 
     def _check_tensors(self, tensors: Mapping[str, Any]) -> Inputs:

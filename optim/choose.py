@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,17 +155,13 @@ def _race(
         return built, keep_plan(job, cache, key, folder, plan, report)
 
 
-@contextmanager
-def _build_folder(report: CompileReport) -> Iterator[Path | None]:
+def _build_folder(report: CompileReport) -> AbstractContextManager[Path | None]:
     """Make a folder for what engines leave for later starts; None, with a note, where there can be none."""
     try:
-        folder = Scratch("build")
+        return Scratch("build")
     except OSError as error:  # a full disk: what is kept would not fit either, and a start needs none of it
-        report.warn(f"no plan is kept: there can be no temporary folder: {error}")
-        yield None
-        return
-    with folder as path:
-        yield path
+        report.warn(f"nothing is left for later starts: there can be no temporary folder: {error}")
+        return nullcontext()
 
 
 def fill_cache(

@@ -118,13 +118,7 @@ def ensure_cache_folder() -> str | None:
     cases this process, and those that it starts, use a folder that is theirs. Call before anything imports Dynamo.
     """
     asked = os.environ.get(_INDUCTOR_FOLDER)
-    try:
-        temporary = Path(tempfile.gettempdir())
-    except OSError as error:
-        note = f"Inductor has no folder for its cache, and engines that need one fail: {error.strerror}"
-        logger.warning(note)
-        return note
-    default = temporary / f"torchinductor_{_user_name()}"
+    default = Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}"
     # Anybody can put a link where the default is, which is what Dynamo asks for once it was imported.
     folder = Path(asked).resolve() if asked and Path(asked) != default else default
     why = why_unusable(folder)
@@ -133,26 +127,24 @@ def ensure_cache_folder() -> str | None:
             os.environ[_INDUCTOR_FOLDER] = str(folder)  # what was looked at, wherever a link will lead to
         return None
     # Not of this process alone: beside a torch that has made its own for a group, the next start is to find it, too.
-    own = _find_own_folder(temporary)
-    if own is not None:
-        os.environ[_INDUCTOR_FOLDER] = str(own)
-    note = f"Inductor's cache folder {why}; {own or 'none'} is used instead"
+    own = _find_own_folder()
+    os.environ[_INDUCTOR_FOLDER] = str(own)
+    note = f"Inductor's cache folder {why}; {own} is used instead"
     logger.warning(note)
     return note
 
 
-def _find_own_folder(temporary: Path) -> Path | None:
-    """Return a folder for code that is this user's, or this process's if it has to be; None where there can be none."""
-    folders = [temporary / f"pt2-inductor-{os.getuid()}"]
-    with suppress(CacheUnusable):
-        folders.append(default_folder() / "inductor")  # where that for temporary files is mounted noexec
-    for folder in folders:
-        if why_unusable(folder) is None:
-            return folder
-    try:
-        scratch = Scratch("inductor")
-    except OSError:
-        return None
+def _find_own_folder() -> Path:
+    """Return a folder for code that is this user's, or this process's if it has to be."""
+    own = Path(tempfile.gettempdir()) / f"pt2-inductor-{os.getuid()}"
+    if why_unusable(own) is None:
+        return own
+    with suppress(CacheUnusable):  # where the one for temporary files is mounted noexec
+        base = default_folder()
+        # The compile cache's own: made for others to write to (a umask), it would be of no use to that either.
+        if why_unusable(base) is None and why_unusable(base / "inductor") is None:
+            return base / "inductor"
+    scratch = Scratch("inductor")
     atexit.register(scratch.remove)  # which keeps it until then
     return scratch.path
 

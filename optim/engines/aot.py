@@ -105,7 +105,8 @@ class AotEngine(Engine):
         import torch._inductor.config as inductor_config
 
         # Left to itself it starts a worker for each of the machine's CPUs, and keeps them; a CPU's code uses none.
-        with torch.no_grad(), inductor_config.patch(compile_threads=torch.get_num_threads()):
+        workers = 1 if self.job.info.device.type == "cpu" else inductor_config.compile_threads
+        with torch.no_grad(), inductor_config.patch(compile_threads=workers):
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
 
     def save(self, folder: Path) -> None:

@@ -45,6 +45,25 @@ def test_a_prediction(client: TestClient) -> None:
             assert reply.json()["values"] == pytest.approx(expected([ROW])[0], abs=1e-5)
 
 
+def test_what_cannot_be_pinned_goes_to_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model thread is to meet a GPU that is gone, by which the replica's health goes."""
+    asked = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(tensor)
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    args = {"model": "tests.support.servables:Tiny", "pt2": {"compile": {"enable": False}}}
+    with serve_locally(args) as service, TestClient(make_app(service)) as client:
+        service._pins = True  # as on a GPU
+        assert client.post("/predictions/tiny", json=ROW).json()["values"] == pytest.approx(
+            expected([ROW])[0], abs=1e-5
+        )
+        assert client.post("/v2/models/tiny/infer", json=infer_body()).status_code == 200
+    assert len(asked) == 1, "and told once"
+
+
 def test_a_form_as_torchserves_clients_send_it(client: TestClient) -> None:
     files = {"data": ("row.json", json.dumps(ROW), "application/json")}
     assert client.post("/predictions/tiny", files=files).status_code == 200

@@ -23,6 +23,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     short = Path("/tmp") / f"pt2-{os.getpid()}"  # pytest's own folder is too long for the path of a socket
     short.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(short))
+    monkeypatch.setenv("HOME", str(short))
     yield short
     shutil.rmtree(short)
 
@@ -177,6 +178,7 @@ def test_a_folder_that_checking_was_given_is_not_handed_on(temporary: Path, monk
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"
 
 
+@pytest.mark.parametrize("mode", [None, "token", "disabled"])
 @pytest.mark.parametrize("has_token", [False, True])
 def test_where_ray_cannot_keep_a_token_it_is_given_one(
     temporary: Path,
@@ -184,18 +186,22 @@ def test_where_ray_cannot_keep_a_token_it_is_given_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     has_token: bool,
+    mode: str | None,
 ) -> None:
     """A container's user may have no home that it can write to, where Ray ends at once without."""
     monkeypatch.setattr(run, "check", lambda paths: 0)
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
     if has_token:
         monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
     monkeypatch.setenv("HOME", os.devnull)
     ((_, environment),) = _start(monkeypatch)
-    assert (environment["RAY_AUTH_TOKEN"] == "mine") == has_token
-    assert (environment.get("RAY_AUTH_MODE") == "token") != has_token
-    assert ("~/.ray cannot be written" in capsys.readouterr().err) != has_token
+    is_given = not has_token and mode != "disabled"
+    assert (environment.get("RAY_AUTH_TOKEN") not in (None, "mine")) == is_given
+    assert environment.get("RAY_AUTH_MODE") == ("token" if is_given else mode)
+    assert ("~/.ray cannot be written" in capsys.readouterr().err) == is_given
     monkeypatch.setenv("HOME", str(tmp_path))
     ((_, environment),) = _start(monkeypatch)
     assert environment.get("RAY_AUTH_TOKEN") == ("mine" if has_token else None)

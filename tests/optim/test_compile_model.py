@@ -136,7 +136,7 @@ def test_without_room_for_a_temporary_folder_it_is_compiled_all_the_same(
     section = {**section, "compile": {**section.get("compile", {}), "only_if_faster": False}}
     model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1, 4), device="cpu")
     assert set(model.report.engines().values()) == {"pt2test_faithful"}
-    assert any("no plan is kept: there can be no temporary folder" in note for note in model.report.notes)
+    assert any("nothing is left for later starts: there can be no" in note for note in model.report.notes)
     equal_to_eager(model, models.Mlp().eval(), models.features(3))
 
 

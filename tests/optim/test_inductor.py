@@ -82,12 +82,7 @@ def test_ahead_of_time_package_serves_every_batch_size(monkeypatch: pytest.Monke
         return build(*given, **more)
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", watch)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        model = compile_model(module, models.images, section, batch_sizes=(1, 3), device="cpu")
-    finally:
-        torch.set_num_threads(before)
+    model = compile_model(module, models.images, section, batch_sizes=(1, 3), device="cpu")
     assert set(workers) == {1}, "not one for each of the machine's CPUs"
     assert set(model.report.engines().values()) == {"aot"}, model.report.all_refusals()
     with torch.no_grad():

@@ -252,7 +252,11 @@ assert model.report.engines() == {"2": "inductor"}, model.report
 assert any("cannot be written (Not a directory)" in note for note in model.report.notes), model.report.notes
 torch.testing.assert_close(model(*models.features(3)), module(*models.features(3)))
 """
-    folders = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path)}
+    folders = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache"),
+        "TMPDIR": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path / "file"),
+    }
     environment = {**os.environ, **folders}
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, env=environment)
 
