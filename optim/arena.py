@@ -16,23 +16,15 @@ import torch
 
 from optim.buckets import Bucket
 from optim.budget import Budget
-from optim.child import Child, NotCarried, be_a_child, pack, unpack
+from optim.child import Child, NotCarried, be_a_child, make_folder, pack, unpack
 from optim.engines import EngineJob
 from optim.race import Event, Note, Race, Round, Standing, not_tried
 from optim.reference import Reference
 from optim.report import Refusal
-from optim.scratch import Scratch
 
 #: What a race may overrun its budget by, to end a timing that has begun: seconds, and a part of the budget, since its
 #: process counts what it waited for a core by itself.
 _OVERRUN_S, _OVERRUN = 5.0, 0.25
-
-
-def _make_folder() -> Scratch:
-    try:
-        return Scratch("race")
-    except OSError as error:  # a full disk
-        raise NotCarried(f"there can be no folder for it: {error}") from error
 
 
 def race_apart(
@@ -49,7 +41,7 @@ def race_apart(
     """
     standing = Standing()
     waiting = list(names)
-    with _make_folder() as folder:
+    with make_folder("race") as folder:
         pack(folder, job, reference, names)
         while waiting and budget_s > 0:
             turn, stage = None, "build"

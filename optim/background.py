@@ -21,7 +21,7 @@ from torch import nn
 
 from optim.buckets import Bucket
 from optim.cache import Cache
-from optim.child import Child, NotCarried, pack
+from optim.child import Child, NotCarried, make_folder, pack
 from optim.device import set_threads
 from optim.engines import EngineJob
 from optim.errors import describe, is_device_error
@@ -76,10 +76,7 @@ def put_off(todo: PutOff, job: EngineJob, reference: Reference, names: list[str]
         compare(twin(*smallest), reference.run(smallest))
     except Mismatch as error:
         raise NotCarried(f"a copy of the module answers differently ({error})") from error
-    try:
-        folder = Scratch("background")
-    except OSError as error:  # a full disk
-        raise NotCarried(f"there can be no folder for it: {error}") from error
+    folder = make_folder("background")
     given = {
         "made_for": todo.made_for,
         "streams": todo.streams,

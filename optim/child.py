@@ -28,6 +28,7 @@ from optim.device import is_room_for
 from optim.engines import EngineJob
 from optim.errors import describe
 from optim.reference import Reference
+from optim.scratch import Scratch
 
 _FILE = "job.pt"
 #: What a process needs to start and load torch, the model and its eager figures, seconds.
@@ -45,6 +46,14 @@ class Carried:
     job: EngineJob
     reference: Reference
     more: Mapping[str, Any]
+
+
+def make_folder(what_for: str) -> Scratch:
+    """Make a folder for a job that is carried over; NotCarried where there can be none."""
+    try:
+        return Scratch(what_for)
+    except OSError as error:  # a full disk
+        raise NotCarried(f"there can be no folder for it: {error}") from error
 
 
 def pack(folder: Path, job: EngineJob, reference: Reference, names: Sequence[str], **more: Any) -> None:
