@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +67,8 @@ class OpenVinoEngine(Engine):
         # More than one row: tracing would take 1 for a constant.
         sample = self.job.samples[max(self.job.samples)]
         flat = FlatModule(self.job.module, self.job, autocast=False).eval()
-        self._converted = openvino.convert_model(flat, example_input=sample)
+        with _root_logger_as_it_was():
+            self._converted = openvino.convert_model(flat, example_input=sample)
 
     def compile(self, bucket: Bucket) -> Runner:
         """Compile for one bucket's shapes, or for all of them, on the threads that torch has."""
@@ -125,3 +129,15 @@ class OpenVinoEngine(Engine):
 
     def _dtypes(self) -> list[torch.dtype]:
         return [spec.dtype for spec in self.job.input_specs] + list(self.job.output_dtypes)
+
+
+@contextlib.contextmanager
+def _root_logger_as_it_was() -> Iterator[None]:
+    """Undo what a conversion that fails leaves behind: the root logger at ERROR, and warnings of others unheard."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,22 @@ def test_where_memory_is_short_buckets_share_a_model_with_free_shapes(monkeypatc
     assert "openvino: buckets 4, 1 share a model with free shapes for want of memory" in model.report.notes
     for rows in (1, 3, 9):
         torch.testing.assert_close(model(*models.features(rows)), module(*models.features(rows)))
+
+
+class UnknownToOpenVino(nn.Module):
+    """[B, 8] -> [B, 8]; traces, and has an operator that OpenVINO does not convert."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.i0e(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
+def test_a_conversion_that_fails_silences_nobody() -> None:
+    before = logging.getLogger().level, list(logging.getLogger().handlers)
+    model = build(UnknownToOpenVino().eval(), models.features, "openvino")
+    assert set(model.report.engines().values()) == {"eager"}
+    assert "i0e" in str(model.report.all_refusals())
+    assert (logging.getLogger().level, logging.getLogger().handlers) == before
 
 
 def without_grad(module: nn.Module, *inputs: torch.Tensor) -> Any:
