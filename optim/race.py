@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -21,6 +22,9 @@ from optim.trial import Trial
 
 #: Engines this close count as one, and the simpler stays.
 TIE = 1.05
+#: An engine beside another has to be this much faster somewhere: it costs a start its build and as much memory again
+#: (MiniLM: ONNX Runtime, 5 % ahead of OpenVINO at 3 of 19 buckets, cost a cold start 57 s of 175).
+PAYS = 1.10
 #: Engines this close to the best stay in the race, and are timed again beside each newcomer.
 CLOSE = 1.15
 #: An engine this much slower than the best, at the largest and the smallest bucket, is not built for the others.
@@ -116,14 +120,18 @@ def rank(rounds: Sequence[Round], *, keep_eager: bool = True) -> dict[Bucket, li
 
     Figures of different rounds are brought together over the engines that they share. Of engines within TIE of
     the best, eager stays if it is one; else the one that wins the most buckets (each engine costs memory and start-up),
-    then the simplest. With `keep_eager` false, eager is no candidate.
+    then the simplest. An engine whose buckets others that won serve within PAYS gives them up. With `keep_eager` false,
+    eager is no candidate.
     """
     scores = {bucket: _score([r for r in rounds if r.bucket == bucket]) for bucket in {r.bucket for r in rounds}}
+    racing = {
+        bucket: {name: value for name, value in ms.items() if keep_eager or name != "eager"}
+        for bucket, ms in scores.items()
+    }
     tied: dict[Bucket, list[str]] = {}
-    for bucket, ms in scores.items():
-        racing = {name: value for name, value in ms.items() if keep_eager or name != "eager"}
-        best = min(racing.values(), default=0.0)
-        tied[bucket] = [name for name, value in racing.items() if value <= best * TIE]
+    for bucket, ms in racing.items():
+        best = min(ms.values(), default=0.0)
+        tied[bucket] = [name for name, value in ms.items() if value <= best * TIE]
     winners: dict[Bucket, str] = {bucket: "eager" for bucket, names in tied.items() if "eager" in names}
     waiting = {bucket for bucket, names in tied.items() if names and bucket not in winners}
     while waiting:
@@ -132,12 +140,32 @@ def rank(rounds: Sequence[Round], *, keep_eager: bool = True) -> dict[Bucket, li
         won = {bucket for bucket in waiting if chosen in tied[bucket]}
         winners.update(dict.fromkeys(won, chosen))
         waiting -= won
+    winners = _give_up_what_hardly_pays(winners, racing)
     ranking = {}
     for bucket, winner in winners.items():
         others = sorted((ms, name) for name, ms in scores[bucket].items() if name != winner)
         names_in_order = [winner, *(name for _, name in others)]
         ranking[bucket] = names_in_order[: names_in_order.index("eager") + 1 if keep_eager else None]
     return ranking
+
+
+def _give_up_what_hardly_pays(
+    winners: Mapping[Bucket, str], racing: Mapping[Bucket, Mapping[str, float]]
+) -> dict[Bucket, str]:
+    """Return the winners without engines whose every bucket another of them serves nearly as fast."""
+    left = dict(winners)
+    for name, _ in reversed(Counter(winners.values()).most_common()):  # the one with the fewest buckets first
+        own = [bucket for bucket, winner in left.items() if winner == name]
+        others = {*left.values()} - {name, "eager"}
+        instead: dict[Bucket, str] = {}
+        for bucket in own if name != "eager" else ():
+            ms = racing[bucket]
+            limit = min(min(ms.values()) * PAYS, ms.get("eager", math.inf))
+            if near := [(ms[other], other) for other in others if ms.get(other, math.inf) <= limit]:
+                instead[bucket] = min(near)[1]
+        if len(instead) == len(own):
+            left.update(instead)
+    return left
 
 
 def _score(rounds: Sequence[Round]) -> dict[str, float]:
