@@ -17,8 +17,8 @@ from deployments.batch import BatchRecord, count_tokens, run_together
 from deployments.errors import DeadlineExceeded, ModelFailed, NotReady
 from deployments.queue import Queued, RequestQueue, Work
 from optim import CompiledModel, is_device_error
-from optim.device import set_threads
-from optim.errors import describe
+from optim.device import give_memory_back, set_threads
+from optim.errors import describe, is_out_of_memory, let_go
 from optim.planner import Planner
 
 logger = logging.getLogger(__name__)
@@ -236,10 +236,9 @@ class ModelThread:
         if not group:
             return
         started = time.monotonic()
-        try:
-            outputs = run_together(group, model)
-        except Exception as error:
-            self._settle_failure(group, error, model)
+        outputs = _try(group, model)
+        if isinstance(outputs, Exception):
+            self._settle_failure(group, outputs, model)
             return
         works = [queued.work for queued in group]
         for work, output in zip(works, outputs, strict=True):
@@ -256,8 +255,9 @@ class ModelThread:
 
     def _settle_failure(self, group: list[Queued], error: Exception, model: CompiledModel) -> None:
         """Fail one request with its own error; run several again, each alone, so that only the bad ones fail."""
-        if is_device_error(error):
-            self._break(error)
+        broken = _find_broken(group, error, model)
+        if broken is not None:
+            self._break(broken)
             for queued in group:
                 fail(queued.work.future, NotReady(f"the device failed: {self.failure}"))
         elif len(group) == 1:
@@ -269,10 +269,11 @@ class ModelThread:
                 if self._failure is not None:
                     fail(queued.work.future, NotReady(f"the device failed: {self.failure}"))
                     continue
-                try:
-                    queued.work.future.set_result(run_together([queued], model)[0])
-                except Exception as own:
-                    self._settle_failure([queued], own, model)
+                alone = _try([queued], model)
+                if isinstance(alone, Exception):
+                    self._settle_failure([queued], alone, model)
+                else:
+                    queued.work.future.set_result(alone[0])
 
     def _break(self, error: BaseException) -> None:
         """Stop serving for good: everything that waits is told so, and the health check will fail."""
@@ -282,6 +283,33 @@ class ModelThread:
             self._jobs.clear()
         for future in [*(queued.work.future for queued in waiting), *(future for _, future in jobs)]:
             fail(future, NotReady(f"the replica cannot serve any more: {self.failure}"))
+
+
+def _try(group: list[Queued], model: CompiledModel) -> list[Any] | Exception:
+    """Return the outputs of a group, or what its run raised: in a handler, the run's memory would stay."""
+    try:
+        return run_together(group, model)
+    except Exception as error:
+        return error
+
+
+def _find_broken(group: list[Queued], error: Exception, model: CompiledModel) -> Exception | None:
+    """Return what nothing can be served after, or None where it concerns these requests alone.
+
+    A request may ask for more memory than there is, which says nothing of others: by itself it is to blame, as long as
+    the model still answers its own smallest example.
+    """
+    if not is_out_of_memory(error):
+        return error if is_device_error(error) else None
+    let_go(error)
+    give_memory_back(model.device)
+    if len(group) > 1:
+        return None  # each runs by itself once more
+    try:
+        model.check()
+    except Exception as own:
+        return own
+    return None
 
 
 def _complete(future: Future[Any], job: Callable[[], Any]) -> BaseException | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +16,7 @@ from optim.background import Background
 from optim.buckets import make_grid
 from optim.choose import choose
 from optim.config import Pt2Config
-from optim.device import ensure_cache_folder, pick_device
+from optim.device import ensure_cache_folder, give_memory_back, pick_device
 from optim.engines import EngineJob
 from optim.errors import CompileError
 from optim.model import CompiledModel
@@ -87,7 +85,7 @@ def compile_model(
         found = choose(job, reference, report, stream_count, shares, streams_must_pay=streams is None)
         report.notes += reference.notes  # now, since verification adds to them
     reference.state.clear()
-    _give_memory_back()
+    give_memory_back(where)
     if job.wants_huge_pages:
         with clock(report, "pages"):
             pages.collapse()  # what is left of what was built, once the rest was given back
@@ -133,17 +131,6 @@ def _put_in_eval_mode(module: nn.Module, report: CompileReport) -> None:
         # What torch.export returns says it is in training mode, and has no other: the mode was fixed at export.
         return
     report.notes.append("the module was in training mode and was put in eval mode")
-
-
-def _give_memory_back() -> None:
-    """Return what building freed to the system: glibc keeps it else."""
-    gc.collect()
-    if sys.platform == "linux":
-        import ctypes
-
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _raise_failures(report: CompileReport) -> None:

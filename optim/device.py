@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import getpass
 import importlib.metadata
 import logging
@@ -84,6 +85,19 @@ def set_threads(count: int) -> None:
     """
     torch.get_num_threads()
     torch.set_num_threads(count)
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Return what was freed to the system, which glibc keeps else, and to the GPU, where torch's allocator does."""
+    gc.collect()
+    if sys.platform == "linux":
+        import ctypes
+
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def inspect_device(device: torch.device) -> DeviceInfo:

@@ -31,16 +31,16 @@ class CompileError(RuntimeError):
 # Errors after which the device's context or the process' memory cannot be trusted. torch raises many
 # of them as plain RuntimeError, so the text has to tell (torch.AcceleratorError only exists since 2.8).
 _FATAL_TYPES: tuple[type[BaseException], ...] = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)
-_FATAL_TEXTS = (
-    "CUDA error:",
+# The first is of torch's allocator, the second the driver's own: a graph that is instantiated, pinned memory.
+_MEMORY_TEXTS = (
     "CUDA out of memory",
-    "device-side assert",
-    "illegal memory access",
+    "CUDA error: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+_FATAL_TEXTS = ("CUDA error:", "device-side assert", "illegal memory access", *_MEMORY_TEXTS)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -58,19 +58,26 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def is_device_error(error: BaseException) -> bool:
     """Say whether the error means memory or the device is gone: never to be taken for a compile failure."""
-    return any(isinstance(e, _FATAL_TYPES) or any(text in str(e) for text in _FATAL_TEXTS) for e in causes(error))
+    return any(map(_is_fatal, causes(error)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether a device's memory ran out: its context is sound, and less may fit."""
-    # The first is of torch's allocator, the second the driver's own: a graph that is instantiated, pinned memory.
-    texts = (
-        "CUDA out of memory",
-        "CUDA error: out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUDNN_STATUS_ALLOC_FAILED",
+    """Say whether memory ran out, the device's or the process's, and nothing worse: less may fit."""
+    fatal = [e for e in causes(error) if _is_fatal(e)]
+    return bool(fatal) and all(
+        isinstance(e, torch.OutOfMemoryError | MemoryError) or any(text in str(e) for text in _MEMORY_TEXTS)
+        for e in fatal
     )
-    return any(isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in texts) for e in causes(error))
+
+
+def let_go(error: BaseException) -> None:
+    """Drop the frames that an error holds, and with them the tensors of the call that ran out of memory."""
+    for e in causes(error):
+        e.__traceback__ = None
+
+
+def _is_fatal(error: BaseException) -> bool:
+    return isinstance(error, _FATAL_TYPES) or any(text in str(error) for text in _FATAL_TEXTS)
 
 
 def describe(error: BaseException, limit: int = 2000) -> tuple[str, str]:

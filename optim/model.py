@@ -198,6 +198,12 @@ class CompiledModel:
         finally:
             self._account(before)
 
+    def check(self) -> None:
+        """Run the smallest bucket's example; raises what it raises. To be called as the model is."""
+        self(*self._samples[min(self._lanes)])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _count(self) -> tuple[int, int] | None:
         """Return what was compiled and recorded so far; None while that may be another thread's."""
         if self.others_compile:

@@ -16,6 +16,7 @@ from optim.buckets import Bucket, pick_between
 from optim.budget import Budget
 from optim.config import Pt2Config
 from optim.deadline import OutOfTime, run_within, stuck_calls
+from optim.device import give_memory_back
 from optim.engines.base import Engine, Runner, Unavailable
 from optim.errors import describe, is_device_error, is_out_of_memory
 from optim.monitor import count_compilations, count_recordings
@@ -93,15 +94,18 @@ class Trial:
         waiting = [bucket]
         while waiting:
             current = waiting[0]
+            kind = ""
             try:
                 refusal = self._prove(current)
             except Exception as error:
                 if not (self.engine.reuses_outputs and is_out_of_memory(error)):
                     raise
+                kind = type(error).__name__
+            if kind:  # not in the handler: the error holds the frames of the call, and they what was captured
                 waiting = sorted({*self.proven, *waiting}, reverse=True)
                 largest = waiting.pop(0)
                 message = f"capturing ran out of memory at bucket {current}; smaller buckets are captured without it"
-                fallen[largest] = Refusal(self.engine.name, "warm-up", str(largest), type(error).__name__, message)
+                fallen[largest] = Refusal(self.engine.name, "memory", str(largest), kind, message)
                 try:
                     self._start_over()
                 except OutOfTime as reason:
@@ -127,9 +131,7 @@ class Trial:
         self.proven.clear()
         self.unrecorded.clear()
         self.engine.close()
-        gc.collect()
-        if self.engine.job.info.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_memory_back(self.engine.job.info.device)
         self._bounded(self._build, f"{self.engine.name}: build")
 
     def _prove(self, bucket: Bucket) -> Refusal | None:

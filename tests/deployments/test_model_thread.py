@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -280,6 +281,51 @@ def test_a_broken_device_stops_the_thread_for_good(thread: ModelThread) -> None:
     assert "device-side assert" in str(thread.failure)
     with pytest.raises(NotReady):
         thread.submit(row(3))
+
+
+class Greedy(nn.Module):
+    """[B, 8] -> [B, 8]; a row of 13 asks for more memory than any machine has, and so does all once it is `full`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = False
+        self.before: list[bool] = []
+        self._last: weakref.ref[torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.before.append(self._last is not None and self._last() is not None)
+        held = x + 1
+        if self.full or 13 in x.numpy():  # asked of torch, rows would be taken to depend on each other
+            self._last = weakref.ref(held)
+            torch.empty(1 << 60)
+        return held
+
+
+def test_a_request_for_which_there_is_no_memory_fails_alone(thread: ModelThread) -> None:
+    module = Greedy()
+    load(thread, module)
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    futures = [thread.submit(row(float(value))) for value in (1, 13, 3, 13)]
+    module.before.clear()
+    blocked.set()
+    assert [futures[i].result()[0, 0].item() for i in (0, 2)] == [2, 4]
+    for i in (1, 3):
+        with pytest.raises(ModelFailed, match=r"the model failed on this request: .*DefaultCPUAllocator"):
+            futures[i].result()
+    assert thread.failure is None
+    assert thread.submit(row(5)).result()[0, 0] == 6
+    # What a failed run held is gone before the next.
+    assert len(module.before) == 8 and not any(module.before)
+
+
+def test_a_model_for_whose_own_example_there_is_no_memory_is_broken(thread: ModelThread) -> None:
+    module = Greedy()
+    load(thread, module)
+    module.full = True
+    with pytest.raises(NotReady, match=r"the device failed: .*DefaultCPUAllocator"):
+        thread.submit(row(1)).result()
+    assert "DefaultCPUAllocator" in str(thread.failure)
 
 
 def test_closing_answers_what_was_accepted() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,9 +92,50 @@ def test_out_of_memory_means_fewer_buckets(
     for row in model.report.buckets:
         if str(row.batch_size) not in kept:
             (refusal,) = row.refusals
-            assert (refusal.stage, refusal.exception) == ("warm-up", "OutOfMemoryError")
+            assert (refusal.stage, refusal.exception) == ("memory", "OutOfMemoryError")
             assert "capturing ran out of memory at bucket" in refusal.message
     check(model)
+
+
+def test_what_was_captured_is_let_go_before_it_is_captured_anew(
+    graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error that tells of it holds the frames of the call, and what they hold is the memory that was short."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    compile_bucket = graphs.compile
+
+    def compile(engine: Graphs, bucket: Bucket) -> Runner:
+        captured = torch.zeros(bucket.batch_size)
+        assert not [held for held in alive if held() is not None]
+        alive.append(weakref.ref(captured))
+        return compile_bucket(engine, bucket)
+
+    monkeypatch.setattr(graphs, "compile", compile)
+    graphs.capacity = 5
+    build()
+    assert graphs.captured == [8, 4, 2, 2, 1]
+
+
+def test_a_plan_stays_where_there_is_no_memory_for_it_this_time(graphs: type[Graphs], tmp_path: Path) -> None:
+    def start() -> CompiledModel:
+        graphs.captured = []
+        return build(cache={"folder": str(tmp_path)})
+
+    graphs.capacity = 15
+    assert start().report.start == "cold"
+    graphs.capacity = 7
+    model = start()
+    assert (model.report.start, graphs.captured) == ("warm", [8, 4, 2, 1])
+    assert model.report.engines() == {"1": "graphs", "2": "graphs", "4": "graphs", "8": "eager"}
+    last = model.report.buckets[-1]
+    assert (last.ms, last.speedup, model.costs[Bucket(8)]) == (last.eager_ms, 1.0, last.eager_ms)
+    assert "bucket 8 is eager, though the plan has graphs: no memory" in model.report.notes
+    check(model)
+    with pytest.raises(CompileError, match=r"bucket 8 could not be compiled and fallback is 'fail': .* out of memory"):
+        build(cache={"folder": str(tmp_path)}, fallback="fail")
+    graphs.capacity = 15
+    model = start()
+    assert (model.report.start, set(model.report.engines().values())) == ("warm", {"graphs"})
 
 
 @pytest.mark.parametrize("strict", [False, True])
