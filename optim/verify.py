@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ TOLERANCES = {
 }
 #: How much larger than eager's own the error against a wider dtype may be (torch/_dynamo/utils.py, same()).
 RMSE_FACTOR = {torch.float32: 2.0, torch.float16: 3.0, torch.bfloat16: 3.0}
+#: Values that are compared at a time; 32 MiB in float64.
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -83,39 +86,66 @@ def _compare_tensor(
         if wrong:
             raise Mismatch(f"{where}: {wrong} of {want.numel()} {want.dtype} values differ from eager's")
         return Difference()
-    wide = torch.complex128 if want.dtype.is_complex else torch.float64
-    g, w = got.detach().to(wide), want.detach().to(wide)
-    finite = torch.isfinite(w)
-    # Where eager itself is not finite, the same value (NaN, or inf of the same sign) is right.
-    odd = ~finite | ~torch.isfinite(g)
-    if is_odd := bool(odd.any()):
-        if not torch.equal(torch.nan_to_num(g[odd], nan=0.5), torch.nan_to_num(w[odd], nan=0.5)):
-            counts = [int((~torch.isfinite(tensor)).sum()) for tensor in (g, w)]
-            raise Mismatch(f"{where}: {counts[0]} values are not finite where eager has {counts[1]}")
-        if not torch.equal(torch.isnan(g), torch.isnan(w)):
-            raise Mismatch(f"{where}: NaN in other places than eager's")
-        g, w = g[~odd], w[~odd]
-    if g.numel() == 0:
+    _require_same_oddities(where, got, want)
+    squares, count = 0.0, 0
+    for _, w in _finite_pieces(got, want):
+        squares, count = squares + float(w.abs().square().sum()), count + w.numel()
+    if count == 0:
         return Difference()
-    error = (g - w).abs()
-    rms = float(w.abs().square().mean().sqrt())
-    found = Difference(float(error.max()), float(error.square().mean().sqrt()) / max(rms, 1e-30))
+    rms = math.sqrt(squares / count)
     allowed = tolerance if tolerance is not None else TOLERANCES.get(want.dtype, 1e-3)
-    limit = allowed * (w.abs() + rms) + torch.finfo(want.dtype).tiny
-    if bool((error <= limit).all()):
+    largest, squares, within = 0.0, 0.0, True
+    for g, w in _finite_pieces(got, want):
+        error = (g - w).abs()
+        largest, squares = max(largest, float(error.max())), squares + float(error.square().sum())
+        limit = allowed * (w.abs() + rms) + torch.finfo(want.dtype).tiny
+        within = within and bool((error <= limit).all())
+    found = Difference(largest, math.sqrt(squares / count) / max(rms, 1e-30))
+    if within:
         return found
     if exact_reference is not None and want.dtype in RMSE_FACTOR:
         exact = exact_reference()
         if exact is not None:
-            truth = flatten(exact)[0][index].to(wide)
-            truth = truth[~odd] if is_odd else truth
-            ours = float((g - truth).square().mean().sqrt())
-            eagers = float((w - truth).square().mean().sqrt())
-            if ours <= RMSE_FACTOR[want.dtype] * eagers:
+            ours = eagers = 0.0
+            for g, w, truth in _finite_pieces(got, want, flatten(exact)[0][index]):
+                ours += float((g - truth).square().sum())
+                eagers += float((w - truth).square().sum())
+            if math.sqrt(ours) <= RMSE_FACTOR[want.dtype] * math.sqrt(eagers):
                 return found
     raise Mismatch(
         f"{where}: error {found.max_abs:.3g} (RMS {found.relative:.3g} of eager's) is over the tolerance {allowed:g}"
     )
+
+
+def _pieces(*tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Yield the tensors piece by piece in the widest dtype: whole, they would take twenty times an output's memory."""
+    wide = torch.complex128 if tensors[0].dtype.is_complex else torch.float64
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    for start in range(0, flat[0].numel(), _PIECE):
+        yield [tensor[start : start + _PIECE].to(wide) for tensor in flat]
+
+
+def _finite_pieces(got: torch.Tensor, want: torch.Tensor, *more: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Yield their pieces where both are finite."""
+    for parts in _pieces(got, want, *more):
+        odd = ~(torch.isfinite(parts[0]) & torch.isfinite(parts[1]))
+        if bool(odd.any()):
+            parts = [part[~odd] for part in parts]
+        if parts[0].numel():
+            yield parts
+
+
+def _require_same_oddities(where: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Raise Mismatch unless what is not finite in either is the same value (NaN, or inf of the same sign) in both."""
+    for g, w in _pieces(got, want):
+        odd = ~(torch.isfinite(g) & torch.isfinite(w))
+        if not bool(odd.any()):
+            continue
+        if not torch.equal(torch.nan_to_num(g[odd], nan=0.5), torch.nan_to_num(w[odd], nan=0.5)):
+            counts = [int((~torch.isfinite(tensor)).sum()) for tensor in (got, want)]
+            raise Mismatch(f"{where}: {counts[0]} values are not finite where eager has {counts[1]}")
+        if not torch.equal(torch.isnan(g), torch.isnan(w)):
+            raise Mismatch(f"{where}: NaN in other places than eager's")
 
 
 def other_data(inputs: Sequence[torch.Tensor], seed: int = 0) -> tuple[torch.Tensor, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,10 @@ class AotEngine(Engine):
         if self._given is not None:
             if not self._given.is_file():
                 raise Unavailable(f"there is no file {str(self._given)!r} (export.path)")
+            made_for = _find_device(self._given)
+            if made_for not in (None, self.job.info.device.type):
+                message = f"the package was made for {made_for}, and this device is {self.job.info.device}"
+                raise Unavailable(f"{message} (export.path)")
             return
         require_precision(self.job)
         if isinstance(self.job.module, torch.jit.ScriptModule):
@@ -119,7 +125,8 @@ class AotEngine(Engine):
         self._clean_up()
 
     def _load(self, path: Path) -> Runner:
-        return self._runner(torch._inductor.aoti_load_package(str(path)))
+        index = self.job.info.device.index
+        return self._runner(torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index))
 
     def _runner(self, compiled: Callable[..., Any]) -> Runner:
         count, rebuild = len(self.job.output_dtypes), self.job.rebuild
@@ -137,3 +144,17 @@ class AotEngine(Engine):
         """Let go of the packages."""
         self._shared = None
         self.finish()
+
+
+def _find_device(package: Path) -> str | None:
+    """Return the type of device that a package says it is for: its code looks at no pointer that it is given."""
+    try:
+        with zipfile.ZipFile(package) as archive:
+            for name in archive.namelist():
+                if name.endswith("metadata.json"):
+                    found = json.loads(archive.read(name))
+                    if isinstance(found, dict) and "AOTI_DEVICE_KEY" in found:
+                        return str(found["AOTI_DEVICE_KEY"])
+    except (OSError, ValueError, zipfile.BadZipFile):
+        pass  # the loader has more to say of it
+    return None

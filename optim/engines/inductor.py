@@ -18,6 +18,7 @@ from torch import nn
 from optim.attention import kernel_of
 from optim.buckets import Bucket
 from optim.config import OPTIONAL_BACKENDS
+from optim.deadline import stuck_calls
 from optim.engines import inductor_files
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require, require_precision
 from optim.errors import describe, is_device_error
@@ -62,6 +63,7 @@ class TorchCompileEngine(Engine):
             bool(self._options.get("triton.cudagraphs")) or backend == "cudagraphs"
         )
         self.keeps_state = backend == "inductor"
+        self._function: Runner | None = None
         self._run: Runner | None = None
         self._before = count_compilations()
         self._notes: list[str] = []
@@ -134,7 +136,8 @@ class TorchCompileEngine(Engine):
             module = FlatModule(module, self.job)
         if self.backend == "inductor":
             self._prepare_files()
-        self._run = torch.compile(_fresh_function(module), **kwargs)
+        self._function = _fresh_function(module)
+        self._run = torch.compile(self._function, **kwargs)
         self._before = count_compilations()
 
     def _prepare_files(self) -> None:
@@ -181,8 +184,14 @@ class TorchCompileEngine(Engine):
             inductor_files.save(folder, for_cpu=not self._on_cuda)
 
     def close(self) -> None:
-        """Let go of the compiled code, which lives as long as the function's own code object."""
-        self._run = None
+        """Let go of the compiled code, which Dynamo would keep: what it made of a function's code keeps that code.
+
+        CUDA graphs give back their memory once no engine of the thread has any. Code behind a graph break stays, since
+        other modules may run it; so does all while a call hangs, which may be in it.
+        """
+        function, self._function, self._run = self._function, None, None
+        if function is not None and not stuck_calls():
+            torch._dynamo.eval_frame.remove_from_cache(function)
 
     @contextmanager
     def building(self) -> Iterator[None]:

@@ -103,6 +103,22 @@ def test_slower_than_eager_is_not_used() -> None:
     assert bucket.refusals[0].stage == "time"
 
 
+def test_code_that_serves_nothing_is_let_go_and_other_code_of_the_class_stays() -> None:
+    before = len(backends.SLOW)
+    serves = compile_model(models.Mlp(), models.features, use("slow"), batch_sizes=(1, 4), device="cpu")
+    assert len(backends.SLOW) == before + 2
+    config = use("slow", compile={"only_if_faster": True})
+    loses = compile_model(models.Mlp(), models.features, config, batch_sizes=(1, 4), device="cpu")
+    assert (set(serves.report.engines().values()), set(loses.report.engines().values())) == (
+        {"pt2test_slow"},
+        {"eager"},
+    )
+    assert len(backends.SLOW) == before + 2
+    for rows in (1, 3, 4):
+        equal_to_eager(serves, models.Mlp().eval(), models.features(rows))
+    assert (serves.report.after_ready.compilations, serves.report.after_ready.refused_compilations) == (0, 0)
+
+
 def test_fallback_fail_makes_failures_fatal_but_not_slowness() -> None:
     with pytest.raises(CompileError, match="cannot compile anything"):
         compile_model(models.Mlp(), models.features, use("raises", fallback="fail"), batch_sizes=(1,), device="cpu")

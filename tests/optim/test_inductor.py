@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,17 @@ def test_a_package_is_loaded_and_held_against_eager(tmp_path: Path) -> None:
     other = compile_model(module, models.images, section, batch_sizes=(1,), device="cpu")
     assert other.report.engines() == {"1": "eager"}
     assert other.report.buckets[0].refusals[0].stage == "verify"
+
+    # Its code would take what it is given for pointers of its own device.
+    foreign = tmp_path / "foreign.pt2"
+    with zipfile.ZipFile(path) as made, zipfile.ZipFile(foreign, "w") as changed:
+        for name in made.namelist():
+            changed.writestr(name, made.read(name).replace(b'"AOTI_DEVICE_KEY": "cpu"', b'"AOTI_DEVICE_KEY": "cuda"'))
+    section = {**section, "export": {"aot_compile": True, "path": str(foreign)}}
+    refused = compile_model(module, models.images, section, batch_sizes=(1,), device="cpu")
+    (refusal,) = refused.report.refusals
+    assert (refusal.stage, refused.report.engines()) == ("preflight", {"1": "eager"})
+    assert "the package was made for cuda, and this device is cpu (export.path)" in refusal.message
 
 
 def test_a_package_that_is_not_there_is_a_fallback() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim.tree import flatten
 from optim.verify import Mismatch, compare, other_data
@@ -53,6 +54,63 @@ def test_rounding_is_allowed_by_dtype_and_by_float64() -> None:
         compare(want * (1 + 1e-2), want, exact_reference=lambda: want.double())
     with pytest.raises(Mismatch):
         compare(want * (1 + 1e-2), want, exact_reference=lambda: None)
+
+
+@pytest.fixture
+def piece(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("optim.verify._PIECE", 3)
+    return 3
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_a_difference_is_found_in_whichever_piece_it_is(piece: int, place: int) -> None:
+    want = torch.linspace(1, 2, 8).reshape(2, 4)
+    for wrong, message in ((1.5, "output: error "), (float("nan"), "1 values are not finite where eager has 0")):
+        got = want.clone()
+        got.view(-1)[place] *= wrong
+        with pytest.raises(Mismatch, match=message):
+            compare(got, want)
+        odd = got if wrong != wrong else want
+        assert compare(odd.clone(), odd).max_abs == 0
+
+
+def test_pieces_come_to_what_the_whole_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    want = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    want[3, 4] = float("inf")
+    got = (want * (1 + 5e-4)).t().contiguous().t()
+    whole = compare(got, want)
+    monkeypatch.setattr("optim.verify._PIECE", 7)
+    pieces = compare(got, want)
+    assert pieces.max_abs == whole.max_abs
+    assert pieces.relative == pytest.approx(whole.relative, rel=1e-9)
+    # The truth is looked at in pieces, too.
+    truth = want.double() * (1 + 4e-3)
+    compare(want * (1 + 3e-3), want, exact_reference=lambda: truth)
+    with pytest.raises(Mismatch):
+        compare(want * (1 + 3e-3), want, exact_reference=lambda: want.double())
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many values the results of operations have."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_large_outputs_are_not_copied_whole(piece: int) -> None:
+    want = torch.linspace(1, 2, 50)
+    with Sizes() as sizes:  # type: ignore[no-untyped-call]
+        compare(want * 1.001, want, 1e-2)
+        assert sizes.largest == 50  # of the line above
+        sizes.largest = 0
+        compare(want, want)
+    assert sizes.largest == piece
 
 
 def test_other_data_differ_and_stay_in_range() -> None:

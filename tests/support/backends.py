@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from torch import fx
 
 Compiled = Callable[..., Any]
+
+#: What `slow` has compiled that is still there.
+SLOW: weakref.WeakSet[Compiled] = weakref.WeakSet()
 
 
 def _wrap(graph: fx.GraphModule, change: Callable[[torch.Tensor], torch.Tensor]) -> Compiled:
@@ -136,6 +140,7 @@ def slow(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         time.sleep(0.02)
         return graph.forward(*args)
 
+    SLOW.add(run)
     return run
 
 
