@@ -16,7 +16,7 @@ from optim.background import Background
 from optim.buckets import make_grid
 from optim.choose import choose
 from optim.config import Pt2Config
-from optim.device import ensure_cache_folder, give_memory_back, pick_device
+from optim.device import ensure_cache_folder, give_memory_back, pick_device, spare_compile_workers
 from optim.engines import EngineJob
 from optim.errors import CompileError
 from optim.model import CompiledModel
@@ -70,6 +70,7 @@ def compile_model(
     report = CompileReport(torch.__version__, {}, config.to_dict(), phase=phase, attention=kernel_of(config, phase))
     if note := ensure_cache_folder():
         report.notes.append(note)
+    spare_compile_workers(where)
     module = _unwrap(module, report).to(where)
     if module.training:
         _put_in_eval_mode(module, report)

@@ -148,6 +148,17 @@ def ensure_cache_folder() -> str | None:
     return note
 
 
+def spare_compile_workers(device: torch.device) -> None:
+    """Keep Inductor from starting processes that compile for Triton as soon as it is imported, where none will.
+
+    IPEX and torch's exporters import it, too: every replica on a CPU had three processes beside it for as long as it
+    lived, one of 620 MB, which took 3 s to start while engines raced. Code for a GPU still starts them when it is
+    compiled. Who sets TORCH_WARM_POOL has their way.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("TORCH_WARM_POOL", "0")
+
+
 def _find_own_folder() -> Path:
     """Return a folder for code that is this user's, or this process's if it has to be."""
     own = Path(tempfile.gettempdir()) / f"pt2-inductor-{os.getuid()}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,8 @@ from optim.engines.inductor import TorchCompileEngine
 from optim.monitor import count_compilations
 from optim.reference import Reference
 from tests.support import models
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.slow,
@@ -143,6 +148,21 @@ def test_a_package_is_loaded_and_held_against_eager(tmp_path: Path) -> None:
     (refusal,) = refused.report.refusals
     assert (refusal.stage, refused.report.engines()) == ("preflight", {"1": "eager"})
     assert "the package was made for cuda, and this device is cpu (export.path)" in refusal.message
+
+
+def test_no_processes_are_kept_that_compile_for_triton() -> None:
+    code = """if True:
+        from optim import compile_model
+        from tests.support import models
+        section = {"compile": {"backend": "inductor", "only_if_faster": False}, "cache": {"enable": False}}
+        model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1,), device="cpu")
+        from torch._inductor import async_compile
+        print(model.report.engines()["1"], len(async_compile._pool_set))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_WARM_POOL"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    assert done.stdout.split() == ["inductor", "0"]
 
 
 def test_a_package_that_is_not_there_is_a_fallback() -> None:
