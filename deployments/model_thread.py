@@ -19,7 +19,7 @@ from deployments.queue import Queued, RequestQueue, Work
 from optim import CompiledModel, is_device_error
 from optim.device import give_memory_back, set_threads
 from optim.errors import describe, is_out_of_memory, let_go
-from optim.planner import Planner
+from optim.planner import Item, Planner
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -296,17 +296,16 @@ def _try(group: list[Queued], model: CompiledModel) -> list[Any] | Exception:
 def _find_broken(group: list[Queued], error: Exception, model: CompiledModel) -> Exception | None:
     """Return what nothing can be served after, or None where it concerns these requests alone.
 
-    A request may ask for more memory than there is, which says nothing of others: by itself it is to blame, as long as
-    the model still answers its own smallest example.
+    A request may ask for more memory than there is, which says nothing of others: it is to blame as long as the model
+    still answers its own example of that size.
     """
     if not is_out_of_memory(error):
         return error if is_device_error(error) else None
     let_go(error)
-    give_memory_back(model.device)
-    if len(group) > 1:
-        return None  # each runs by itself once more
+    items = [queued.item or Item(1) for queued in group]
     try:
-        model.check()
+        give_memory_back(model.device)
+        model.check(sum(item.rows for item in items), max(item.length for item in items))
     except Exception as own:
         return own
     return None

@@ -64,16 +64,18 @@ def is_device_error(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether memory ran out, the device's or the process's, and nothing worse: less may fit."""
     fatal = [e for e in causes(error) if _is_fatal(e)]
-    return bool(fatal) and all(
-        isinstance(e, torch.OutOfMemoryError | MemoryError) or any(text in str(e) for text in _MEMORY_TEXTS)
-        for e in fatal
-    )
+    # A capture that it happens in fails for that reason, in words of its own.
+    return any(map(_is_of_memory, fatal)) and all(_is_of_memory(e) or "captur" in str(e) for e in fatal)
 
 
 def let_go(error: BaseException) -> None:
     """Drop the frames that an error holds, and with them the tensors of the call that ran out of memory."""
     for e in causes(error):
         e.__traceback__ = None
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _MEMORY_TEXTS)
 
 
 def _is_fatal(error: BaseException) -> bool:

@@ -198,9 +198,16 @@ class CompiledModel:
         finally:
             self._account(before)
 
-    def check(self) -> None:
-        """Run the smallest bucket's example; raises what it raises. To be called as the model is."""
-        self(*self._samples[min(self._lanes)])
+    def check(self, rows: int = 1, length: int = 0) -> None:
+        """Run the example of the bucket that a call of this size needs, of the smallest where none holds it.
+
+        Raises what that raises, and is not counted as a call. To be called as the model is.
+        """
+        rows = min(rows, self.max_batch_size)  # more are split
+        holding = [b for b in self._lanes if b.batch_size >= rows and b.length >= length]
+        bucket = min(holding, key=lambda b: b.tokens) if holding else min(self._lanes)
+        with torch.no_grad():
+            self._dispatch(self._samples[bucket])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -46,6 +46,8 @@ class Reference:
         self._start: list[torch.Tensor] = []
         self._end: list[torch.Tensor] = []
         self._exact_failed = False
+        #: Whether a wider reference failed for want of memory.
+        self.is_short_of_memory = False
         self.notes: list[str] = []
         self.obstacle: str | None = None
         #: Every example seen so far, those of other sizes than the buckets' included.
@@ -180,6 +182,7 @@ class Reference:
                 if is_device_error(error) and not is_out_of_memory(error):
                     raise
                 self._exact_failed, self._exact_module = True, None
+                self.is_short_of_memory = self.is_short_of_memory or is_out_of_memory(error)
                 name = str(wide).removeprefix("torch.")
                 self.notes.append(f"no {name} reference: {': '.join(describe(error, 300))}")
                 return None

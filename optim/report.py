@@ -21,8 +21,9 @@ class Refusal:
 
     engine: str
     stage: str
-    """`preflight`, `build`, `warm-up`, `verify`, `time`, `budget` (not tried, or not to the end), `memory` (CUDA graphs
-    for which there was none left), `stuck` (what was compiled before hangs), or `serving`."""
+    """`preflight`, `build`, `warm-up`, `verify`, `time`, `budget` (not tried, or not to the end), `memory` (of which
+    there was too little for CUDA graphs, or for a wider reference), `stuck` (what was compiled before hangs), or
+    `serving`."""
     bucket: str | None
     exception: str | None
     message: str

@@ -113,6 +113,7 @@ class Start:
                     # While versions are rolled out the old one has the memory: the plan is as good as before.
                     without_memory.append(row)
                     continue
+                self._give_up(lanes)
                 reason = f"its plan does not hold any more: {why[-1] if why else row.engine}"
                 raise BadPlan(reason, why[-1].stage if why else "verify")
         plan.fill(report)
@@ -124,6 +125,12 @@ class Start:
         streams = None if plan.streams == 1 else self._build_streams(job, lanes, plan)
         plan.explain(report)  # of one that does not hold nothing is to be told but that
         return lanes, streams
+
+    def _give_up(self, lanes: Mapping[Bucket, Lane]) -> None:
+        """Close what a plan that does not hold has built, unless it serves already: what is next needs the memory."""
+        if self._on_lane is None:
+            for engine in {lane.engine for lane in lanes.values()}:
+                engine.close()
 
     def _remark(self, text: str) -> None:
         """Note what later starts should know, too."""
@@ -162,6 +169,7 @@ class Start:
                 )
         except NoStreams as reason:
             if plan is not None and not isinstance(reason, NoRoom):
+                self._give_up(lanes)
                 raise BadPlan(f"its plan does not hold any more: one run at a time: {reason}") from reason
             # While versions are rolled out the old one has the memory: no reason to have engines compete again.
             if plan is None:

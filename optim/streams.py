@@ -157,7 +157,7 @@ def _build(
             refusal = refusal or trial.prove(bucket).get(bucket)
             if refusal is not None:
                 trial.engine.close()
-                raise NoStreams(str(refusal))
+                raise (NoRoom if refusal.stage == "memory" else NoStreams)(str(refusal))
             found[bucket] = Lane(trial.engine, trial.proven[bucket].run)
         notes += [f"on streams: {note}" for note in trial.notes()]
     return found

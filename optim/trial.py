@@ -157,6 +157,9 @@ class Trial:
         except OutOfTime as reason:
             return Refusal(engine.name, "budget", str(bucket), None, f"{stage} {reason}")
         except (Unavailable, Mismatch) as reason:
+            if isinstance(reason, Mismatch) and self.reference.is_short_of_memory:
+                # It might have been right: another time there is a reference to tell.
+                reason, stage = Mismatch(f"there was no memory for a wider reference, and {reason}"), "memory"
             return Refusal(engine.name, stage, str(bucket), None, str(reason))
         except (Exception, SystemExit) as error:
             if is_device_error(error):

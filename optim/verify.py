@@ -142,7 +142,7 @@ def _require_same_oddities(where: str, got: torch.Tensor, want: torch.Tensor) ->
         if not bool(odd.any()):
             continue
         if not torch.equal(torch.nan_to_num(g[odd], nan=0.5), torch.nan_to_num(w[odd], nan=0.5)):
-            counts = [int((~torch.isfinite(tensor)).sum()) for tensor in (got, want)]
+            counts = [sum(int((~torch.isfinite(part)).sum()) for (part,) in _pieces(tensor)) for tensor in (got, want)]
             raise Mismatch(f"{where}: {counts[0]} values are not finite where eager has {counts[1]}")
         if not torch.equal(torch.isnan(g), torch.isnan(w)):
             raise Mismatch(f"{where}: NaN in other places than eager's")

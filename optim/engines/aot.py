@@ -125,8 +125,9 @@ class AotEngine(Engine):
         self._clean_up()
 
     def _load(self, path: Path) -> Runner:
-        index = self.job.info.device.index
-        return self._runner(torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index))
+        device = self.job.info.device
+        index = -1 if device.type == "cpu" or device.index is None else device.index
+        return self._runner(torch._inductor.aoti_load_package(str(path), device_index=index))
 
     def _runner(self, compiled: Callable[..., Any]) -> Runner:
         count, rebuild = len(self.job.output_dtypes), self.job.rebuild
@@ -151,7 +152,8 @@ def _find_device(package: Path) -> str | None:
     try:
         with zipfile.ZipFile(package) as archive:
             for name in archive.namelist():
-                if name.endswith("metadata.json"):
+                # `model` is the one that is loaded of several.
+                if "/aotinductor/model/" in name and name.endswith("metadata.json"):
                     found = json.loads(archive.read(name))
                     if isinstance(found, dict) and "AOTI_DEVICE_KEY" in found:
                         return str(found["AOTI_DEVICE_KEY"])

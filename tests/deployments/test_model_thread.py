@@ -316,7 +316,27 @@ def test_a_request_for_which_there_is_no_memory_fails_alone(thread: ModelThread)
     assert thread.failure is None
     assert thread.submit(row(5)).result()[0, 0] == 6
     # What a failed run held is gone before the next.
-    assert len(module.before) == 8 and not any(module.before)
+    assert len(module.before) == 9 and not any(module.before)
+
+
+def test_memory_that_was_there_at_the_start_and_is_gone_is_the_replicas_end(thread: ModelThread) -> None:
+    class Shrinks(nn.Module):
+        most = 4
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if len(x) <= self.most else torch.empty(1 << 60)
+
+    module = Shrinks()
+    load(thread, module)
+    module.most = 1
+    assert thread.submit(row(1)).result()[0, 0] == 2
+    blocked = threading.Event()
+    thread.call(blocked.wait)
+    futures = [thread.submit(row(float(value))) for value in (1, 2, 3, 4)]
+    blocked.set()
+    for future in futures:
+        with pytest.raises(NotReady, match=r"the device failed: .*DefaultCPUAllocator"):
+            future.result()
 
 
 def test_a_model_for_whose_own_example_there_is_no_memory_is_broken(thread: ModelThread) -> None:

@@ -74,6 +74,13 @@ def test_a_drivers_own_words_for_memory_that_ran_out() -> None:
         error = RuntimeError(text)
         assert is_out_of_memory(error) and is_device_error(error)
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+    assert is_out_of_memory(MemoryError())
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    broken.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert is_device_error(broken) and not is_out_of_memory(broken)
+    captured = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    captured.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert is_out_of_memory(captured)
 
 
 def _write(folder: Path, **files: str) -> None:

@@ -138,6 +138,29 @@ def test_a_plan_stays_where_there_is_no_memory_for_it_this_time(graphs: type[Gra
     assert (model.report.start, set(model.report.engines().values())) == ("warm", {"graphs"})
 
 
+def test_what_a_plan_that_does_not_hold_has_built_gives_its_memory_back(
+    graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    graphs.capacity = 15
+    build(cache={"folder": str(tmp_path)})
+    built: list[Graphs] = []
+
+    class Wrong(graphs):  # type: ignore[misc, valid-type]
+        def compile(self, bucket: Bucket) -> Runner:
+            run: Runner = super().compile(bucket)
+            return (lambda *inputs: run(*inputs) + 1) if bucket.batch_size == 1 and len(built) == 1 else run
+
+    def make(name: str, job: EngineJob) -> Graphs:
+        built.append(Wrong(job))
+        return built[-1]
+
+    monkeypatch.setattr(optim.builder, "make_engine", make)
+    model = build(cache={"folder": str(tmp_path)})
+    assert (model.report.start, set(model.report.engines().values())) == ("cold", {"graphs"})
+    assert [engine.closed for engine in built] == [True, False]
+    check(model)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_buckets_for_which_nothing_was_recorded_are_named(
     graphs: type[Graphs], monkeypatch: pytest.MonkeyPatch, strict: bool

@@ -7,6 +7,7 @@ import os
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,30 @@ def test_what_failed_is_not_kept() -> None:
     assert set(report.engines().values()) == {"eager"}
     assert entries() == []
     assert any(note.startswith("no plan is kept: bucket") for note in report.notes)
+
+
+def test_without_memory_for_a_wider_reference_nothing_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What seems wrong may be as close to the truth as eager is; another start can tell."""
+    section = {"compile": {"backend": "pt2test_slow", "only_if_faster": False}}
+    assert start(section).start == "cold"
+    (entry,) = entries()
+
+    def copy(module: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("optim.reference.copy", SimpleNamespace(deepcopy=copy))
+        patched.setattr("optim.trial.tolerance", lambda config: -1.0)  # so that the wider one is asked for
+        warm, cold = start(section), start(named("pt2test_faithful"))
+    (refusal,) = warm.all_refusals()
+    assert (refusal.stage, warm.start, warm.engines()) == ("memory", "warm", {"1": "eager"})
+    assert refusal.message.startswith("there was no memory for a wider reference, and output: error")
+    assert "bucket 1 is eager, though the plan has pt2test_slow: no memory" in warm.notes
+    assert (cold.start, cold.engines()) == ("cold", {"1": "eager"})
+    assert any(note.startswith("no plan is kept: bucket 1 is eager") for note in cold.notes)
+    assert entries() == [entry]
+    again = start(section)
+    assert (again.start, again.engines()) == ("warm", {"1": "pt2test_slow"})
 
 
 def test_slowness_is_not_fatal_at_a_warm_start_either() -> None:
