@@ -17,7 +17,7 @@ from deployments.admission import Admission
 from deployments.args import ModelArgs
 from deployments.asgi_call import Headers, Parts, call_app, call_app_in_parts
 from deployments.compile import resources
-from deployments.grpc import InferenceServicer
+from deployments.grpc_calls import InferenceServicer
 from deployments.host_pool import make_host_pool
 from deployments.http import make_app
 from deployments.http_host import find_http_host

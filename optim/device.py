@@ -215,6 +215,13 @@ def import_openvino() -> ModuleType:
     return openvino  # type: ignore[no-any-return]
 
 
+def total_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def available_bytes() -> int | None:
     """Return the memory that a process here could still take, a control group's limit included; None where unknown."""
     found = []

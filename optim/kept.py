@@ -73,13 +73,15 @@ def find_plan(todo: PutOff, report: CompileReport, *, at_once: bool = False) -> 
 
 def start_by_plan(start: Start, todo: PutOff, path: Path, oldest: float) -> Built | None:
     """Start as the plan of an entry says and offer it on; None where it does not hold, which sets it aside."""
+    built = None
     try:
         built = start.start_warm(Plan.load(path, todo.made_for, oldest), path)
     except BadPlan as reason:
         todo.give_up(reason)
-        start.begin_again()
-        return None
-    todo.exchange.offer(path)
+    if built is None:
+        start.begin_again()  # not in the handler: the error holds what was built
+    else:
+        todo.exchange.offer(path)
     return built
 
 
@@ -104,21 +106,21 @@ def start_without_compiler(start: Start, todo: PutOff, job: EngineJob, report: C
                     return built
         except (BadPlan, Busy) as reason:  # it stays for those who have one
             report.notes.append(f"a plan that was made with a C++ compiler is not used: {reason}")
-            start.begin_again()
+        start.begin_again()
     return None
 
 
 def keep_plan(job: EngineJob, cache: Cache, key: str, folder: Path, plan: Plan, report: CompileReport) -> Path | None:
     """Store what was found and made, unless a bucket is eager for a reason that may not be there next time.
 
-    Where eager won, that other engines had no time is no such reason: beside a load they would have none next time
-    either, and every start would be cold. Nor is a plan kept with which the next start would fail.
+    Where eager won, that other engines had no time or memory is no such reason: beside a load they would have none next
+    time either, and every start would be cold. Nor is a plan kept with which the next start would fail.
     """
     lasting = {"time", "preflight", "verify"}
     for row in report.buckets:
         if row.engine != "eager":
             continue
-        known = lasting | {"budget"} if row.eager_won else set() if job.config.must_compile else lasting
+        known = lasting | {"budget", "memory"} if row.eager_won else set() if job.config.must_compile else lasting
         failed = [r for r in [*report.refusals, *row.refusals] if r.stage not in known]
         if failed:
             report.notes.append(f"no plan is kept: bucket {row.bucket} is eager, and {failed[0]}")

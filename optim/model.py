@@ -203,9 +203,10 @@ class CompiledModel:
 
         Raises what that raises, and is not counted as a call. To be called as the model is.
         """
-        rows = min(rows, self.max_batch_size)  # more are split
-        holding = [b for b in self._lanes if b.batch_size >= rows and b.length >= length]
-        bucket = min(holding, key=lambda b: b.tokens) if holding else min(self._lanes)
+        bucket, bucket_length = min(self._lanes), pick_length(length, self._lengths)
+        if bucket_length is not None:
+            sizes = self._sizes(bucket_length)  # more rows than the largest are split
+            bucket = Bucket(min((n for n in sizes if n >= rows), default=max(sizes)), bucket_length)
         with torch.no_grad():
             self._dispatch(self._samples[bucket])
         if self.device.type == "cuda":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from optim.buckets import Bucket, pick_between, pick_probes, pick_typical
+from optim.device import total_bytes
 from optim.errors import ConfigError, ModelError, describe, is_device_error, is_out_of_memory
 from optim.shapes import Example, Inputs, TensorSpec, cut, make_specs, measure, normalize, pad, take_rows
 from optim.state import State
@@ -46,7 +47,7 @@ class Reference:
         self._start: list[torch.Tensor] = []
         self._end: list[torch.Tensor] = []
         self._exact_failed = False
-        #: Whether a wider reference failed for want of memory.
+        #: Whether a wider reference failed for want of memory that may be there another time.
         self.is_short_of_memory = False
         self.notes: list[str] = []
         self.obstacle: str | None = None
@@ -182,12 +183,18 @@ class Reference:
                 if is_device_error(error) and not is_out_of_memory(error):
                     raise
                 self._exact_failed, self._exact_module = True, None
-                self.is_short_of_memory = self.is_short_of_memory or is_out_of_memory(error)
+                self.is_short_of_memory = is_out_of_memory(error) and self._may_fit_another_time()
                 name = str(wide).removeprefix("torch.")
                 self.notes.append(f"no {name} reference: {': '.join(describe(error, 300))}")
                 return None
 
         return compute
+
+    def _may_fit_another_time(self) -> bool:
+        """Say whether the device, if it were empty, had room for the module and its copy in a wider dtype."""
+        tensors = [*self._module.parameters(), *self._module.buffers()]
+        wide = sum(t.numel() * (self._wide.itemsize if t.is_floating_point() else t.itemsize) for t in tensors)
+        return wide + sum(t.nbytes for t in tensors) < total_bytes(self._device)
 
     @property
     def _wide(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from optim.buckets import Bucket, pick_probes
 from optim.budget import Budget
 from optim.builder import Builder
 from optim.child import NotCarried
+from optim.device import give_memory_back
 from optim.engines import EngineJob
 from optim.model import Lane
 from optim.plan import BadPlan, Plan
@@ -58,7 +59,8 @@ class Start:
         self.remarks: list[str] = []
 
     def begin_again(self) -> None:
-        """Forget what a start that was given up wrote into the report."""
+        """Forget what a start that was given up wrote into the report, and what it built."""
+        give_memory_back(self._job.info.device)
         self._report.refusals.clear()
         self._report.buckets = [BucketReport(row.batch_size, row.length) for row in self._report.buckets]
         self._report.start, self._report.cache, self._report.streams = "cold", None, 1
@@ -112,6 +114,7 @@ class Start:
                 if why and why[-1].stage == "memory":
                     # While versions are rolled out the old one has the memory: the plan is as good as before.
                     without_memory.append(row)
+                    self._reference.check_eager(row.bucket)  # beside all that was built
                     continue
                 self._give_up(lanes)
                 reason = f"its plan does not hold any more: {why[-1] if why else row.engine}"

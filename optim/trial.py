@@ -157,10 +157,11 @@ class Trial:
         except OutOfTime as reason:
             return Refusal(engine.name, "budget", str(bucket), None, f"{stage} {reason}")
         except (Unavailable, Mismatch) as reason:
-            if isinstance(reason, Mismatch) and self.reference.is_short_of_memory:
-                # It might have been right: another time there is a reference to tell.
-                reason, stage = Mismatch(f"there was no memory for a wider reference, and {reason}"), "memory"
-            return Refusal(engine.name, stage, str(bucket), None, str(reason))
+            message = str(reason)
+            if isinstance(reason, Mismatch) and reason.undecided and self.reference.is_short_of_memory:
+                # It might be right: another time there is a reference to tell.
+                message, stage = f"there was no memory for a wider reference, and {reason}", "memory"
+            return Refusal(engine.name, stage, str(bucket), None, message)
         except (Exception, SystemExit) as error:
             if is_device_error(error):
                 raise

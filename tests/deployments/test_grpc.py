@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from deployments.args import AuthArgs
 from deployments.errors import BadRequest, Forbidden
-from deployments.grpc import read_request
+from deployments.grpc_calls import read_request
 from deployments.inference_messages import PACKAGE, SERVICE, message_class
 from deployments.keys import Keys
 from deployments.message_size import weigh
@@ -49,6 +51,12 @@ def port(tiny: ModelService) -> Iterator[int]:
 def client(port: int) -> Iterator[Any]:
     with triton.InferenceServerClient(f"127.0.0.1:{port}") as found:
         yield found
+
+
+def test_the_proxy_which_is_given_the_calls_does_not_load_torch_for_them() -> None:
+    code = "import sys, deployments.grpc; print(*sorted({'torch', 'numpy', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def expected(rows: Any) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 from ray.serve.grpc_util import RayServegRPCContext
 
-from deployments.grpc import InferenceServicer, add_inference_service
+from deployments.grpc import add_inference_service
+from deployments.grpc_calls import InferenceServicer
 from deployments.inference_messages import CALLS
 from deployments.keys import Keys
 from deployments.service import ModelService
