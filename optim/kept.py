@@ -113,14 +113,14 @@ def start_without_compiler(start: Start, todo: PutOff, job: EngineJob, report: C
 def keep_plan(job: EngineJob, cache: Cache, key: str, folder: Path, plan: Plan, report: CompileReport) -> Path | None:
     """Store what was found and made, unless a bucket is eager for a reason that may not be there next time.
 
-    Where eager won, that other engines had no time or memory is no such reason: beside a load they would have none next
-    time either, and every start would be cold. Nor is a plan kept with which the next start would fail.
+    Where eager won, that other engines had no time is no such reason: beside a load they would have none next time
+    either, and every start would be cold. Nor is a plan kept with which the next start would fail.
     """
     lasting = {"time", "preflight", "verify"}
     for row in report.buckets:
         if row.engine != "eager":
             continue
-        known = lasting | {"budget", "memory"} if row.eager_won else set() if job.config.must_compile else lasting
+        known = lasting | {"budget"} if row.eager_won else set() if job.config.must_compile else lasting
         failed = [r for r in [*report.refusals, *row.refusals] if r.stage not in known]
         if failed:
             report.notes.append(f"no plan is kept: bucket {row.bucket} is eager, and {failed[0]}")

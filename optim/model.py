@@ -198,8 +198,8 @@ class CompiledModel:
         finally:
             self._account(before)
 
-    def check(self, rows: int = 1, length: int = 0) -> None:
-        """Run the example of the bucket that a call of this size needs, of the smallest where none holds it.
+    def check(self, rows: int, length: int) -> None:
+        """Run the example of the bucket that holds a call of this size, of the smallest where no length does.
 
         Raises what that raises, and is not counted as a call. To be called as the model is.
         """

@@ -191,10 +191,10 @@ class Reference:
         return compute
 
     def _may_fit_another_time(self) -> bool:
-        """Say whether the device, if it were empty, had room for the module and its copy in a wider dtype."""
+        """Say whether the module and its copy in a wider dtype would fill less than half of an empty device."""
         tensors = [*self._module.parameters(), *self._module.buffers()]
         wide = sum(t.numel() * (self._wide.itemsize if t.is_floating_point() else t.itemsize) for t in tensors)
-        return wide + sum(t.nbytes for t in tensors) < total_bytes(self._device)
+        return wide + sum(t.nbytes for t in tensors) < total_bytes(self._device) / 2
 
     @property
     def _wide(self) -> torch.dtype:

@@ -59,7 +59,7 @@ class Start:
         self.remarks: list[str] = []
 
     def begin_again(self) -> None:
-        """Forget what a start that was given up wrote into the report, and what it built."""
+        """Forget what a start that was given up wrote into the report, and free the memory of what it closed."""
         give_memory_back(self._job.info.device)
         self._report.refusals.clear()
         self._report.buckets = [BucketReport(row.batch_size, row.length) for row in self._report.buckets]
@@ -125,7 +125,11 @@ class Start:
             report.warn(
                 f"bucket {row.bucket} is eager, though the plan has {plan.rows[row.bucket]['engine']}: no memory"
             )
-        streams = None if plan.streams == 1 else self._build_streams(job, lanes, plan)
+        streams = None
+        if plan.streams > 1 and without_memory:
+            self._do_without_streams(plan, f"bucket {without_memory[0].bucket} is eager")
+        elif plan.streams > 1:
+            streams = self._build_streams(job, lanes, plan)
         plan.explain(report)  # of one that does not hold nothing is to be told but that
         return lanes, streams
 
@@ -178,12 +182,15 @@ class Start:
             if plan is None:
                 self._remark(f"one run at a time: {reason}")
             else:
-                self._report.warn(f"one run at a time, though the plan has {plan.streams}: {reason}")
-                for row in self._report.buckets:
-                    row.stream_ms = row.stream_gain = None
+                self._do_without_streams(plan, str(reason))
             return None
         self._report.streams = found.count
         return found
+
+    def _do_without_streams(self, plan: Plan, reason: str) -> None:
+        self._report.warn(f"one run at a time, though the plan has {plan.streams}: {reason}")
+        for row in self._report.buckets:
+            row.stream_ms = row.stream_gain = None
 
 
 def _race(

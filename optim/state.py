@@ -72,7 +72,8 @@ class State:
             try:
                 found = found.worst(compare(tensor[changed], value[changed], tolerance, truth))
             except Mismatch as error:
-                raise Mismatch(f"the state {name} is another than after eager's call: {error}") from error
+                message = f"the state {name} is another than after eager's call: {error}"
+                raise Mismatch(message, undecided=error.undecided) from error
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,14 @@ def test_where_a_warm_start_has_no_memory_for_them_the_plan_stays(
     assert (short.report.start, short.report.streams, short.streams) == ("warm", 1, None)
     assert "might not leave half of the free memory" in " ".join(short.report.notes)
     assert not any(row.stream_ms or row.stream_gain for row in short.report.buckets)
+    with monkeypatch.context() as patch:  # nor for a wider reference, which decides here
+        patch.setattr("optim.trial.tolerance", lambda config: -1.0)
+        patch.setattr("optim.reference.copy", SimpleNamespace(deepcopy=lambda module: torch.empty(1 << 60)))
+        unproven = start()
+    assert (unproven.report.start, unproven.report.streams, unproven.streams) == ("warm", 1, None)
+    assert unproven.report.engines() == {"1": "eager", "4": "eager"}
+    assert "one run at a time, though the plan has 2: bucket 1 is eager" in unproven.report.notes
+    assert not any(row.stream_ms or row.stream_gain for row in unproven.report.buckets)
     again = start().report
     assert (again.start, again.streams) == ("warm", 2)
 
