@@ -59,6 +59,8 @@ def make_environment(
         # often which log files there are, where there are more than so many, else twice a second (README, "The hop").
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+        # A server tells nobody what it runs, as Ray would its makers.
+        "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's own limit for a gRPC message, which is in memory before we see it, is 2 GiB.
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 1024 * 1024),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.middleware.middlewares",

@@ -107,10 +107,12 @@ def unpack(folder: Path) -> Carried:
 
 def _registered(names: Sequence[str]) -> dict[str, Any]:
     """Return the backends of torch.compile among the names that someone registered in this process."""
+    others = set(names) - {"inductor", *OWN_BACKENDS, *OPTIONAL_BACKENDS}
+    if not others:  # to list them imports every compiler that torch knows
+        return {}
     from torch._dynamo.backends.registry import lookup_backend
 
-    others = set(names) & set(torch.compiler.list_backends(exclude_tags=())) - {*OWN_BACKENDS, *OPTIONAL_BACKENDS}
-    return {name: lookup_backend(name) for name in others if name != "inductor"}
+    return {name: lookup_backend(name) for name in others & set(torch.compiler.list_backends(exclude_tags=()))}
 
 
 class Child:

@@ -131,6 +131,7 @@ def ensure_cache_folder() -> str | None:
     It runs what it finds there, and from torch 2.13 on, Dynamo cannot even be imported where it cannot write. In both
     cases this process, and those that it starts, use a folder that is theirs. Call before anything imports Dynamo.
     """
+    _tell_nobody()
     asked = os.environ.get(_INDUCTOR_FOLDER)
     default = Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}"
     # Anybody can put a link where the default is, which is what Dynamo asks for once it was imported.
@@ -146,6 +147,14 @@ def ensure_cache_folder() -> str | None:
     note = f"Inductor's cache folder {why}; {own} is used instead"
     logger.warning(note)
     return note
+
+
+def _tell_nobody() -> None:
+    """Keep ONNX Runtime from reporting to its maker what is served here: it does so on Linux, too (its Privacy.md).
+
+    It looks at this when it is imported, which torch's exporter does as well. Who sets the variable has their way.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def spare_compile_workers(device: torch.device) -> None:

@@ -94,7 +94,7 @@ class TorchCompileEngine(Engine):
 
     def preflight(self) -> None:
         """Look for the backend, and for what Inductor's code generation needs."""
-        if self.backend not in torch.compiler.list_backends(exclude_tags=()):
+        if self.backend != "inductor" and self.backend not in torch.compiler.list_backends(exclude_tags=()):
             self._register()
         require_precision(self.job)
         if isinstance(self.job.module, torch.jit.ScriptModule):

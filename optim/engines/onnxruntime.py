@@ -171,7 +171,8 @@ class OnnxRuntimeEngine(Engine):
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "onnx")]
+    missing = "torch.onnx._internal.exporter._registration"  # that torchvision is not there, operator by operator
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "onnx", missing)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

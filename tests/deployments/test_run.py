@@ -33,6 +33,8 @@ def test_haproxys_files_are_this_users_alone(temporary: Path) -> None:
     folder = temporary / f"pt2-serve-{os.getuid()}" / "8123"
     assert found["HOME"] == "/somewhere"
     assert found["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert found["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert make_environment(8123, {"RAY_USAGE_STATS_ENABLED": "1"})["RAY_USAGE_STATS_ENABLED"] == "1"
     assert found["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(SCRIPT)
     assert os.access(found["PT2_SERVE_HAPROXY"], os.X_OK)
     files = [Path(value) for key, value in found.items() if key.endswith(("_PATH", "_LOC", "_BASE", "_FILE"))]

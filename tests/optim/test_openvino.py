@@ -29,6 +29,22 @@ assert not [name for name in sys.modules if name.startswith("openvino_telemetry.
 
 
 @needs_openvino
+def test_a_race_loads_no_compiler_here_that_is_not_in_it() -> None:
+    """To list torch's backends imports them all, ONNX Runtime with them."""
+    script = """
+import sys
+from optim import compile_model
+from tests.support import models
+section = {"tune": {"engines": ["openvino"], "budget_s": 60}, "compile": {"only_if_faster": False}}
+model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1,), device="cpu")
+assert model.report.engines() == {"1": "openvino"}, model.report
+assert model.report.buckets[0].race, model.report
+assert not {"onnxruntime", "onnxscript", "torch._dynamo.backends.onnxrt"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+@needs_openvino
 def test_what_a_trace_would_bake_in_is_refused() -> None:
     model = compile_model(models.Branchy(), models.features, SECTION, batch_sizes=(1,), device="cpu")
     assert model.report.engines() == {"1": "eager"}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,22 @@ def test_where_memory_is_short_buckets_share_a_model_with_free_shapes(monkeypatc
     assert "openvino: buckets 4, 1 share a model with free shapes for want of memory" in model.report.notes
     for rows in (1, 3, 9):
         torch.testing.assert_close(model(*models.features(rows)), module(*models.features(rows)))
+
+
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+def test_onnxruntime_tells_nobody_what_is_served(tmp_path: Path) -> None:
+    script = """
+from optim import compile_model
+from tests.support import models
+section = {"compile": {"backend": "onnxruntime", "only_if_faster": False}, "cache": {"enable": False}}
+model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1,), device="cpu")
+assert model.report.engines() == {"1": "onnxruntime"}, model.report
+"""
+    given = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment = {**given, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, env=environment)
+    # Else it has a device id there, and what is yet to be sent.
+    assert [path for path in tmp_path.rglob("*") if "Microsoft" in path.parts] == []
 
 
 class UnknownToOpenVino(nn.Module):
