@@ -18,6 +18,7 @@ import torch
 
 from optim import CompileError, CompileReport, ConfigError, ModelError, compile_model
 from optim.config import Pt2Config
+from optim.device import ensure_cache_folder
 from optim.report import group_refusals
 from optim.share import finish_offers
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("optim").setLevel(logging.INFO)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    ensure_cache_folder()  # what is imported from now on may import Dynamo
     try:
         factory = _find("factory", options.factory)
         example = _find("example", options.example)

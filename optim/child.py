@@ -24,7 +24,7 @@ from optim import pages
 from optim.buckets import Bucket
 from optim.budget import Budget
 from optim.config import OPTIONAL_BACKENDS, OWN_BACKENDS
-from optim.device import is_room_for
+from optim.device import ensure_cache_folder, is_room_for
 from optim.engines import EngineJob
 from optim.errors import describe
 from optim.reference import Reference
@@ -229,6 +229,7 @@ class Child:
 def be_a_child(work: Callable[[Path, IO[bytes]], None]) -> None:
     """Do the work of a process that `Child` has started; what it writes into the pipe is told line by line."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    ensure_cache_folder()
     folder, descriptor = sys.argv[1:3]
     with os.fdopen(int(descriptor), "wb", buffering=0) as pipe:
         # What a compiler left running must not keep the process from ending, however the work ended.

@@ -131,7 +131,7 @@ def ensure_cache_folder() -> str | None:
     It runs what it finds there, and from torch 2.13 on, Dynamo cannot even be imported where it cannot write. In both
     cases this process, and those that it starts, use a folder that is theirs. Call before anything imports Dynamo.
     """
-    _tell_nobody()
+    tell_nobody()
     asked = os.environ.get(_INDUCTOR_FOLDER)
     default = Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}"
     # Anybody can put a link where the default is, which is what Dynamo asks for once it was imported.
@@ -149,12 +149,15 @@ def ensure_cache_folder() -> str | None:
     return note
 
 
-def _tell_nobody() -> None:
-    """Keep ONNX Runtime from reporting to its maker what is served here: it does so on Linux, too (its Privacy.md).
+def tell_nobody() -> None:
+    """Keep what is imported from now on from reporting to its makers what is served here.
 
-    It looks at this when it is imported, which torch's exporter does as well. Who sets the variable has their way.
+    ONNX Runtime does so on Linux, too (its Privacy.md), unless this variable is set when it is imported, which torch's
+    exporter does as well; who sets it has their way. OpenVINO sends events when it is imported and for each conversion
+    if `openvino_telemetry` can be imported, and goes without otherwise.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: an import fails
 
 
 def spare_compile_workers(device: torch.device) -> None:
@@ -213,12 +216,8 @@ def import_ipex() -> ModuleType:
 
 
 def import_openvino() -> ModuleType:
-    """Import OpenVINO without the telemetry it brings along: a server tells nobody what it runs.
-
-    OpenVINO sends events when it is imported and for each conversion if `openvino_telemetry` can be imported, and
-    goes without otherwise.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: an import fails
+    """Import OpenVINO without the telemetry it brings along."""
+    tell_nobody()
     import openvino
 
     return openvino  # type: ignore[no-any-return]

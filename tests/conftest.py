@@ -14,6 +14,7 @@ import pytest
 _FOLDER = tempfile.mkdtemp(prefix="pt2-tests-")
 atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 os.environ["XDG_CACHE_HOME"] = _FOLDER
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests import it before the package can say so
 
 with suppress(ImportError):  # a GPU machine may have pytest alone
     from hypothesis import HealthCheck, settings

@@ -29,6 +29,20 @@ assert not [name for name in sys.modules if name.startswith("openvino_telemetry.
 
 
 @needs_openvino
+def test_nor_by_way_of_torchs_compile() -> None:
+    script = """
+import sys
+from optim import compile_model
+from tests.support import models
+section = {"compile": {"backend": "openvino", "options": {"device": "CPU"}, "only_if_faster": False}}
+model = compile_model(models.Mlp(), models.features, section, batch_sizes=(1,), device="cpu")
+assert "openvino" in sys.modules, model.report
+assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+@needs_openvino
 def test_a_race_loads_no_compiler_here_that_is_not_in_it() -> None:
     """To list torch's backends imports them all, ONNX Runtime with them."""
     script = """
