@@ -1,7 +1,8 @@
 """`python -m deployments.from_torchserve model-config.yaml`: a serve_config.yaml from TorchServe's file for a model.
 
-The `pt2` section stays as it is; workers, batches, time-outs and devices are translated. What has no counterpart is
-written above the result as a comment, with what to do about it: nothing is dropped without a word.
+The `pt2` section stays as it is; workers, batches, time-outs and devices are translated. What has no counterpart, or
+is otherwise here by default, is written above the result as a comment, with what to do about it: nothing is dropped
+without a word. TorchServe's side is that of its last version, 0.12.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +31,41 @@ _REMARKS = {
     "startupTimeout": "Ray Serve gives a replica as long as it needs",
     "handler": "these are settings of your handler: give them to your servable's constructor as model_args",
     "deviceIds": "Ray gives each replica a GPU of its own; CUDA_VISIBLE_DEVICES of `ray start` says which there are",
-    "continuousBatching": "token by token generation is not served",
+    "continuousBatching": "deployments.generate:TextGenerator does it, whose requests come and go between tokens",
     "sequenceBatching": "requests that belong together in a sequence are not served",
     "dali": "decoding is your servable's preprocess, on threads of its own",
 }
 
 
-def convert(given: Mapping[str, Any], model: str, name: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the configuration for a model's TorchServe settings, and a remark for every key that is not in it.
+#: The version that torch-model-archiver's documentation gives its models.
+_VERSION = "1.0"
+
+
+@dataclass
+class Converted:
+    """A configuration made from TorchServe's settings."""
+
+    config: dict[str, Any]
+    remarks: list[str]
+    """What of the settings is not in it."""
+    changes: list[str]
+    """What TorchServe did with these settings, or without others, and is otherwise here."""
+
+
+def convert(given: Mapping[str, Any], model: str, name: str) -> Converted:
+    """Return the configuration for a model's TorchServe settings, with a remark for every key that is not in it.
 
     ConfigError names a `pt2` section that cannot be used here, or a number that is none.
     """
     remarks: list[str] = []
     rest = dict(given)
-    args: dict[str, Any] = {"model": model, "name": name}
+    args: dict[str, Any] = {"model": model, "name": name, "version": _VERSION}
     deployment: dict[str, Any] = {"name": name, "ray_actor_options": {"num_cpus": 1}, "max_surge_percent": 100}
-    least, most = _take(rest, "minWorkers"), _take(rest, "maxWorkers")
+    least, most = _take(rest, "minWorkers", instead=1), _take(rest, "maxWorkers")
     least = least or most or 1
-    deployment["autoscaling_config"] = {"min_replicas": least, "max_replicas": max(least, most or least)}
-    size = _take(rest, "batchSize")
+    most = max(least, most or least)
+    deployment["autoscaling_config"] = {"min_replicas": least, "max_replicas": most}
+    size = _take(rest, "batchSize", instead=1)
     if size is not None:
         args["batching"] = {"batch_sizes": sorted({size, *(2**i for i in range(int(math.log2(size)) + 1))})}
     queue = _take(rest, "jobQueueSize")
@@ -55,9 +73,14 @@ def convert(given: Mapping[str, Any], model: str, name: str) -> tuple[dict[str, 
         args.setdefault("batching", {})["max_queue"] = max(queue, size or 8)
     elif size is not None and size > BatchingArgs.max_queue:
         args["batching"]["max_queue"] = size
-    timeout = _take(rest, "responseTimeout")
-    if timeout is not None:
-        args["limits"] = {"timeout_s": float(timeout)}
+    if most > least:  # Ray's own default is two requests, which no batch would ever fill
+        room = args.get("batching", {}).get("max_queue", BatchingArgs.max_queue)
+        deployment["autoscaling_config"]["target_ongoing_requests"] = min(2 * (size or 8), max(room // 2, 1))
+    timeout, patience = _take(rest, "responseTimeout"), _take(rest, "clientTimeoutInMills")
+    if timeout is not None or patience is not None:
+        args["limits"] = {"timeout_s": float(timeout or 0) if patience is None else patience / 1000}
+        if timeout is not None and patience is not None:
+            remarks.append(f"responseTimeout: {timeout}: a request ends with clientTimeoutInMills")
     device = rest.pop("deviceType", None)
     kind = device.lower() if isinstance(device, str) else device  # TorchServe does not care about case
     if kind == "gpu":
@@ -76,15 +99,43 @@ def convert(given: Mapping[str, Any], model: str, name: str) -> tuple[dict[str, 
         "args": args,
         "deployments": [deployment],
     }
-    return {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [application]}, remarks
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "grpc_options": {"port": 9000, "grpc_servicer_functions": ["deployments.grpc:add_inference_service"]},
+        "applications": [application],
+    }
+    return Converted(config, remarks, _find_changes(given, comes_and_goes=most > least))
 
 
-def _take(settings: dict[str, Any], key: str) -> int | None:
-    """Take a whole number from 1 out of the settings; None where it is missing."""
+def _find_changes(given: Mapping[str, Any], *, comes_and_goes: bool) -> list[str]:
+    asked = {key for key, value in given.items() if value and not (isinstance(value, int) and value < 0)}
+    changes = []
+    if "deviceType" not in asked:
+        changes.append("no deviceType was every GPU there is; a replica has none without num_gpus in ray_actor_options")
+    elif str(given["deviceType"]).lower() == "gpu":
+        changes.append("workers shared GPUs; each replica has one of its own, unless num_gpus is 0.5 or less")
+    if given.get("minWorkers") is None:
+        changes.append("no minWorkers was one for each GPU or core; here it is maxWorkers, else one replica")
+    if comes_and_goes:
+        changes.append("there were minWorkers until somebody asked for more; replicas come and go with the load")
+    changes.append("workers had all cores; a replica has as many threads as num_cpus, or as threads in args, say")
+    if asked & {"responseTimeout", "clientTimeoutInMills"}:
+        changes.append("responseTimeout ended a worker; limits.timeout_s bounds a request and its wait, and ends none")
+    else:
+        changes.append("a run had 120 s; nothing is cut off unless args have limits: {timeout_s: 120}")
+    if given.get("batchSize") is None:
+        changes.append("no batchSize was 1; batches of up to 8 are made of what comes while the model is busy")
+    if "pt2" not in asked:
+        changes.append("no pt2 was eager; the fastest engine serves, unless args have pt2: {compile: {enable: false}}")
+    return changes
+
+
+def _take(settings: dict[str, Any], key: str, instead: int | None = None) -> int | None:
+    """Take a whole number out of the settings; None where it is missing, and `instead` where it is below 1."""
     value = settings.pop(key, None)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(key, value, "use a whole number from 1")
-    return value
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ConfigError(key, value, "use a whole number")
+    return value if value is None or value > 0 else instead
 
 
 def main(arguments: list[str]) -> int:
@@ -98,13 +149,18 @@ def main(arguments: list[str]) -> int:
         given = yaml.safe_load(options.file.read_text()) or {}
         if not isinstance(given, Mapping):
             raise ConfigError(str(options.file), given, "a mapping such as {minWorkers: 1, pt2: inductor} is needed")
-        config, remarks = convert(given, options.model, options.name)
+        found = convert(given, options.model, options.name)
     except (OSError, yaml.YAMLError, ConfigError) as error:
         print(f"{options.file}: {error}", file=sys.stderr)
         return 1
-    for remark in [f"From TorchServe's {options.file.name}.", *(f"Not taken over: {remark}" for remark in remarks)]:
+    remarks = [
+        f"From TorchServe's {options.file.name}. The model's version is a guess, which URLs may have.",
+        *(f"Not taken over: {remark}" for remark in found.remarks),
+        *(f"Other than there: {change}" for change in found.changes),
+    ]
+    for remark in remarks:
         print("# " + " ".join(remark.split()))
-    print(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
     return 0
 
 

@@ -10,15 +10,16 @@ from deployments.check import check_file
 from deployments.from_torchserve import convert, main
 from optim.errors import ConfigError
 
+SHIPPED = Path(__file__).parents[2] / "serve_config.yaml"
 MODEL = "tests.support.servables:Tiny"
 
 
 def translate(**given: Any) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Return args, deployment and remarks."""
-    config, remarks = convert(given, MODEL, "tiny")
-    (application,) = config["applications"]
+    found = convert(given, MODEL, "tiny")
+    (application,) = found.config["applications"]
     (deployment,) = application["deployments"]
-    return application["args"], deployment, remarks
+    return application["args"], deployment, found.remarks
 
 
 @pytest.mark.parametrize(
@@ -42,15 +43,58 @@ def test_workers_batches_and_devices() -> None:
     )
     assert args["batching"] == {"batch_sizes": [1, 2, 4, 8, 12], "max_queue": 500}
     assert args["limits"] == {"timeout_s": 300.0}
-    assert deployment["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 4}
+    # Two full batches: by Ray's own two requests, replicas would be started before a batch is full.
+    assert deployment["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 4, "target_ongoing_requests": 24}
     assert deployment["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 1}
     assert remarks == []
     _, deployment, _ = translate(maxWorkers=3)
     assert deployment["autoscaling_config"] == {"min_replicas": 3, "max_replicas": 3}
     args, _, _ = translate(batchSize=100)
     assert args["batching"] == {"batch_sizes": [1, 2, 4, 8, 16, 32, 64, 100], "max_queue": 100}
-    args, _, _ = translate(batchSize=1, jobQueueSize=1)
+    args, deployment, _ = translate(batchSize=1, jobQueueSize=1, maxWorkers=2, minWorkers=1)
     assert args["batching"] == {"batch_sizes": [1], "max_queue": 1}
+    assert deployment["autoscaling_config"]["target_ongoing_requests"] == 1
+
+
+def test_what_torchserve_took_for_nothing_is_nothing() -> None:
+    given = {"jobQueueSize": -1, "minWorkers": 0, "maxWorkers": 4, "batchSize": 0, "responseTimeout": -1}
+    args, deployment, remarks = translate(**given)
+    assert (args["batching"], "limits" in args, remarks) == ({"batch_sizes": [1]}, False, [])
+    assert deployment["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 2}
+    assert any(change.startswith("a run had 120 s") for change in convert(given, MODEL, "tiny").changes)
+
+
+def test_a_clients_patience_bounds_a_request() -> None:
+    args, _, remarks = translate(responseTimeout=300, clientTimeoutInMills=1500)
+    assert args["limits"] == {"timeout_s": 1.5}
+    assert remarks == ["responseTimeout: 300: a request ends with clientTimeoutInMills"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, {"no deviceType", "no minWorkers", "workers had", "a run had 120 s", "no batchSize", "no pt2"}),
+        (
+            {"deviceType": "GPU", "minWorkers": 1, "maxWorkers": 2, "responseTimeout": 9, "pt2": "inductor"},
+            {
+                "workers shared GPUs",
+                "there were minWorkers",
+                "workers had",
+                "no batchSize",
+                "responseTimeout ended a worker",
+            },
+        ),
+        (
+            {"deviceType": "cpu", "minWorkers": 2, "clientTimeoutInMills": 9, "pt2": "inductor", "batchSize": 2},
+            {"workers had", "responseTimeout ended a worker"},
+        ),
+    ],
+)
+def test_what_was_otherwise_by_default_is_told(given: dict[str, Any], told: set[str]) -> None:
+    changes = convert(given, MODEL, "tiny").changes
+    assert len(changes) == len(told)
+    for start in told:
+        assert any(change.startswith(start) for change in changes), changes
 
 
 def test_the_case_of_a_device_does_not_matter() -> None:
@@ -72,8 +116,8 @@ def test_what_has_no_counterpart_is_told() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"minWorkers": "a"}, "minWorkers: 'a' is not allowed; use a whole number from 1"),
-        ({"batchSize": 0}, "batchSize: 0"),
+        ({"minWorkers": "a"}, "minWorkers: 'a' is not allowed; use a whole number"),
+        ({"batchSize": True}, "batchSize: True"),
         ({"pt2": {"compile": {"enable": True}, "ao": {"enable": True}}}, r"pt2\.ao"),
     ],
 )
@@ -88,12 +132,17 @@ def test_what_is_printed_is_a_configuration(tmp_path: Path, capsys: pytest.Captu
     assert main([str(file), "--model", MODEL, "--name", "tiny"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(
-        "# From TorchServe's model-config.yaml.\n# Not taken over: maxBatchDelay: 50: nobody waits"
+        "# From TorchServe's model-config.yaml. The model's version is a guess, which URLs may have.\n"
+        "# Not taken over: maxBatchDelay: 50: nobody waits"
     )
+    assert "\n# Other than there: no deviceType was every GPU" in printed
     made = tmp_path / "serve_config.yaml"
     made.write_text(printed)
     assert check_file(made) == []
-    assert yaml.safe_load(printed)["http_options"]["host"] == "127.0.0.1"
+    found = yaml.safe_load(printed)
+    assert found["http_options"]["host"] == "127.0.0.1"
+    assert found["grpc_options"] == yaml.safe_load(SHIPPED.read_text())["grpc_options"]
+    assert found["applications"][0]["args"]["version"] == "1.0"
 
 
 @pytest.mark.parametrize("content", [None, "[1]", "a: b: c", "pt2: {compile: {enabel: true}}"])
