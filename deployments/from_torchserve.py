@@ -77,10 +77,11 @@ def convert(given: Mapping[str, Any], model: str, name: str) -> Converted:
         room = args.get("batching", {}).get("max_queue", BatchingArgs.max_queue)
         deployment["autoscaling_config"]["target_ongoing_requests"] = min(2 * (size or 8), max(room // 2, 1))
     timeout, patience = _take(rest, "responseTimeout"), _take(rest, "clientTimeoutInMills")
-    if timeout is not None or patience is not None:
-        args["limits"] = {"timeout_s": float(timeout or 0) if patience is None else patience / 1000}
-        if timeout is not None and patience is not None:
-            remarks.append(f"responseTimeout: {timeout}: a request ends with clientTimeoutInMills")
+    limit = timeout if patience is None else patience / 1000
+    if limit is not None:
+        args["limits"] = {"timeout_s": float(limit)}
+    if timeout is not None and patience is not None:
+        remarks.append(f"responseTimeout: {timeout}: a request ends with clientTimeoutInMills")
     device = rest.pop("deviceType", None)
     kind = device.lower() if isinstance(device, str) else device  # TorchServe does not care about case
     if kind == "gpu":

@@ -93,16 +93,15 @@ def _compare_tensor(
         if wrong:
             raise Mismatch(f"{where}: {wrong} of {want.numel()} {want.dtype} values differ from eager's")
         return Difference()
-    _require_same_oddities(where, got, want)
     squares, count = 0.0, 0
-    for _, w in _finite_pieces(got, want):
+    for _, w in _finite_pieces(where, got, want):
         squares, count = squares + float(w.abs().square().sum()), count + w.numel()
     if count == 0:
         return Difference()
     rms = math.sqrt(squares / count)
     allowed = tolerance if tolerance is not None else TOLERANCES.get(want.dtype, 1e-3)
     largest, squares, within = 0.0, 0.0, True
-    for g, w in _finite_pieces(got, want):
+    for g, w in _finite_pieces(where, got, want):
         error = (g - w).abs()
         largest, squares = max(largest, float(error.max())), squares + float(error.square().sum())
         limit = allowed * (w.abs() + rms) + torch.finfo(want.dtype).tiny
@@ -116,7 +115,7 @@ def _compare_tensor(
         undecided = exact is None
         if exact is not None:
             ours = eagers = 0.0
-            for g, w, truth in _finite_pieces(got, want, flatten(exact)[0][index]):
+            for g, w, truth in _finite_pieces(where, got, want, flatten(exact)[0][index]):
                 ours += float((g - truth).square().sum())
                 eagers += float((w - truth).square().sum())
             if math.sqrt(ours) <= RMSE_FACTOR[want.dtype] * math.sqrt(eagers):
@@ -135,27 +134,25 @@ def _pieces(*tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
         yield [tensor[start : start + _PIECE].to(wide) for tensor in flat]
 
 
-def _finite_pieces(got: torch.Tensor, want: torch.Tensor, *more: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Yield their pieces where both are finite."""
+def _finite_pieces(
+    where: str, got: torch.Tensor, want: torch.Tensor, *more: torch.Tensor
+) -> Iterator[list[torch.Tensor]]:
+    """Yield their pieces where both are finite.
+
+    Mismatch is raised unless what is not finite in either is the same value (NaN, or inf of the same sign) in both.
+    """
     for parts in _pieces(got, want, *more):
-        odd = ~(torch.isfinite(parts[0]) & torch.isfinite(parts[1]))
+        g, w = parts[:2]
+        odd = ~(torch.isfinite(g) & torch.isfinite(w))
         if bool(odd.any()):
+            if not torch.equal(torch.nan_to_num(g[odd], nan=0.5), torch.nan_to_num(w[odd], nan=0.5)):
+                counts = [sum(int((~torch.isfinite(p)).sum()) for (p,) in _pieces(tensor)) for tensor in (got, want)]
+                raise Mismatch(f"{where}: {counts[0]} values are not finite where eager has {counts[1]}")
+            if not torch.equal(torch.isnan(g), torch.isnan(w)):
+                raise Mismatch(f"{where}: NaN in other places than eager's")
             parts = [part[~odd] for part in parts]
         if parts[0].numel():
             yield parts
-
-
-def _require_same_oddities(where: str, got: torch.Tensor, want: torch.Tensor) -> None:
-    """Raise Mismatch unless what is not finite in either is the same value (NaN, or inf of the same sign) in both."""
-    for g, w in _pieces(got, want):
-        odd = ~(torch.isfinite(g) & torch.isfinite(w))
-        if not bool(odd.any()):
-            continue
-        if not torch.equal(torch.nan_to_num(g[odd], nan=0.5), torch.nan_to_num(w[odd], nan=0.5)):
-            counts = [sum(int((~torch.isfinite(part)).sum()) for (part,) in _pieces(tensor)) for tensor in (got, want)]
-            raise Mismatch(f"{where}: {counts[0]} values are not finite where eager has {counts[1]}")
-        if not torch.equal(torch.isnan(g), torch.isnan(w)):
-            raise Mismatch(f"{where}: NaN in other places than eager's")
 
 
 def other_data(inputs: Sequence[torch.Tensor], seed: int = 0) -> tuple[torch.Tensor, ...]:
