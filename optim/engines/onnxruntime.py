@@ -1,4 +1,4 @@
-"""ONNX Runtime: exported with torch.export, then one session a bucket, its shapes fixed."""
+"""ONNX Runtime: exported with torch.export, and one session for all buckets where sizes stay free."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import torch
 from optim.buckets import Bucket
 from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailable, require
 from optim.engines.tracing import require_traceable
-from optim.errors import is_device_error
+from optim.errors import describe, is_device_error
 from optim.scratch import Scratch
+from optim.shapes import Inputs
 
 #: torch's dtypes that numpy has too; ONNX Runtime's Python API takes and gives numpy arrays.
 _DTYPES = {
@@ -34,7 +35,12 @@ _DTYPES = {
 
 
 class OnnxRuntimeEngine(Engine):
-    """Exports the module once, with free sizes where it exports so, and opens a session for every bucket; CPU only.
+    """Exports the module with free sizes and opens one session, else one for each bucket; CPU only.
+
+    A session packs the weights for itself, and Python has no way to have two share them: 44 MB each for MiniLM, 17 for
+    EfficientNet-Lite0. Nor does fixing the sizes make one faster (MiniLM, eight buckets: 0.98 to 1.01 of the free
+    session's time; EfficientNet-Lite0, four: 0.99 to 1.00; issue 5). Where there are several lengths nothing is padded:
+    unpadded, MiniLM took 27.3 ms on average where padded to its bucket it took 29.5 (two threads, 5 to 200 tokens).
 
     torch.compile's own `onnxrt` backend fails with today's onnxscript, so this goes through torch.onnx.export.
     """
@@ -42,11 +48,15 @@ class OnnxRuntimeEngine(Engine):
     name = "onnxruntime"
     takes_calls_at_once = True
     settles_at_once = True
+    guards_sizes = False
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)
         self._folder: Path | None = None
-        self._shared = True
+        self._session: Any = None
+        self._why_fixed: str | None = None
+        self.takes_any_size = job.has_lengths
+        self.holds_weights_once = True
         self._clean_up: Callable[[], Any] = lambda: None
 
     def preflight(self) -> None:
@@ -67,52 +77,27 @@ class OnnxRuntimeEngine(Engine):
     def build(self) -> None:
         """Export with free sizes; a module that has its sizes in its code is exported bucket by bucket instead."""
         if self.kept is not None:
-            self._folder, self._shared = self.kept, (self.kept / "shared.onnx").exists()
-            return
-        scratch = Scratch("onnx")
-        self._folder, self._clean_up = scratch.path, scratch.remove
-        shapes = self._free_sizes()
-        if shapes is None:
-            self._shared = False
-            return
-        try:
-            program = self._export(self.job.samples[max(self.job.samples)], shapes, self._path("shared"))
-            # Where it cannot keep a size free, the exporter may fix it without a word.
-            found = [value.shape for value in program.model.graph.inputs]
-            free = all(
-                not isinstance(shape[dim], int)
-                for shape, dims in zip(found, shapes["inputs"], strict=True)
-                for dim in dims
-            )
-            self._shared = free
-        except Exception as error:  # sizes that the module fixes, in whatever words the exporter has for it
-            if is_device_error(error):
-                raise
-            self._shared = False
-        if not self._shared:  # a later build would take it for one with free sizes
-            for left in self._folder.glob("shared.onnx*"):
-                left.unlink()
+            self._folder = self.kept
+            self._why_fixed = None if self._path("shared").exists() else "so it was when it was exported"
+        else:
+            scratch = Scratch("onnx")
+            self._folder, self._clean_up = scratch.path, scratch.remove
+            self._why_fixed = self._export_free()
+        if self._why_fixed is not None:
+            self.holds_weights_once = False
+            self.fix_sizes()
 
     def compile(self, bucket: Bucket) -> Runner:
-        """Open a session on the threads that torch has, the bucket's sizes given so that they can be folded."""
-        import onnxruntime
-
+        """Return the session that all buckets share, or open one for this bucket, on the threads that torch has."""
         sample = self.job.samples[bucket]
-        name = "shared" if self._shared else str(bucket)
-        if not self._path(name).exists():
-            self._export(sample, None, self._path(name))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # its warnings are about its own optimisations
-        # Its threads spin for work while a run is on (tried, two threads, MiniLM at 1 x 16: 3.5 ms against 4.7 where
-        # they may not), and not after it, where they would keep cores from everything else on the machine.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if self._shared:
-            options.add_free_dimension_override_by_name("rows", bucket.batch_size)
-            if bucket.length:
-                options.add_free_dimension_override_by_name("length", bucket.length)
-        session = onnxruntime.InferenceSession(str(self._path(name)), options, providers=["CPUExecutionProvider"])
+        if self.holds_weights_once:
+            self._session = self._session or _open(self._path("shared"))
+            session = self._session
+        else:
+            path = self._path(str(bucket))
+            if not path.exists():
+                self._export(sample, None, path)
+            session = _open(path)
         names = [found.name for found in session.get_inputs()]
         if len(names) != len(sample):
             raise Unavailable(f"the exported model has {len(names)} inputs, the module {len(sample)}")
@@ -133,13 +118,49 @@ class OnnxRuntimeEngine(Engine):
         """Remove the exported files: sessions hold what they need of them."""
         self._clean_up()
 
+    def close(self) -> None:
+        """Drop the session, too; each goes with the last that runs it."""
+        super().close()
+        self._session = None
+
+    def notes(self) -> list[str]:
+        """Say where each bucket has an export, and a session, of its own."""
+        if self._why_fixed is None or len(self.job.samples) == 1:
+            return []
+        return [f"onnxruntime: each bucket is exported for itself, and padded to: {self._why_fixed}"]
+
     def _path(self, name: str) -> Path:
         assert self._folder is not None, "build() comes first"
         return self._folder / f"{name}.onnx"
 
+    def _export_free(self) -> str | None:
+        """Export for all buckets; return why the sizes by which they differ did not stay free, if so."""
+        shapes = self._free_sizes()
+        if shapes is None:
+            return "there is one bucket"
+        path = self._path("shared")
+        try:
+            program = self._export(self.job.samples[max(self.job.samples)], shapes, path)
+            # Where it cannot keep a size free, the exporter may fix it without a word.
+            found = [value.shape for value in program.model.graph.inputs]
+            fixed = [
+                f"dimension {dim} of input {i}"
+                for i, (shape, dims) in enumerate(zip(found, shapes["inputs"], strict=True))
+                for dim in dims
+                if isinstance(shape[dim], int)
+            ]
+            why = f"the exporter fixed {fixed[0]}" if fixed else None
+        except Exception as error:  # sizes that the module fixes, in whatever words the exporter has for it
+            if is_device_error(error):
+                raise
+            why = ": ".join(describe(error, 300))
+        if why is not None:  # a later build would take it for one with free sizes
+            for left in path.parent.glob("shared.onnx*"):
+                left.unlink()
+        return why
+
     def _free_sizes(self) -> dict[str, tuple[dict[int, Any], ...]] | None:
         """Return the names of the free dimensions by input, or None where all buckets have one shape."""
-        specs = self.job.input_specs
         several = len({bucket.batch_size for bucket in self.job.samples}) > 1
         lengths = {bucket.length for bucket in self.job.samples}
         if not several and len(lengths) == 1:
@@ -149,7 +170,7 @@ class OnnxRuntimeEngine(Engine):
         rows = torch.export.Dim("rows", min=2, max=max(3, *(b.batch_size for b in self.job.samples)))
         length = torch.export.Dim("length", min=2, max=max(3, *lengths))
         free: list[dict[int, Any]] = []
-        for spec in specs:
+        for spec in self.job.input_specs:
             dims: dict[int, Any] = {}
             if several and spec.batch_dim is not None:
                 dims[spec.batch_dim] = rows
@@ -158,15 +179,32 @@ class OnnxRuntimeEngine(Engine):
             free.append(dims)
         return {"inputs": tuple(free)}
 
-    def _export(self, sample: tuple[torch.Tensor, ...], shapes: Any, path: Path) -> Any:
+    def _export(self, sample: Inputs, shapes: Any, path: Path) -> Any:
         flat = FlatModule(self.job.module, self.job, autocast=False).eval()
         # The exporter prints its progress, logs every constant that it folds, and warns of its own dependencies.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad(), _quiet_exporter():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(flat, sample, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            # Given the module, torch.onnx would try two further ways where this one fails, the last of which assumes
+            # what it cannot know and leaves files in /tmp/export_root, whoever's that is.
+            exported = torch.export.export(flat, sample, dynamic_shapes=shapes)
+            program = torch.onnx.export(exported, dynamo=True, verbose=False)
         assert program is not None
         program.save(str(path), external_data=True)
         return program
+
+
+def _open(path: Path) -> Any:
+    """Return a session of an exported file, on the threads that torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # its warnings are about its own optimisations
+    # Its threads spin for work while a run is on (tried, two threads, MiniLM at 1 x 16: 3.5 ms against 4.7 where they
+    # may not), and not after it, where they would keep cores from everything else on the machine.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch import nn
 import optim.device
 from optim import Bucket, CompiledModel, compile_model
 from optim.device import inspect_device
+from optim.engines import onnxruntime
 from optim.shapes import Example
 from optim.trial import Trial
 from optim.verify import compare
@@ -82,6 +83,8 @@ def test_a_module_that_fixes_its_sizes_is_exported_bucket_by_bucket() -> None:
     assert set(model.report.engines().values()) == {"onnxruntime"}, model.report.all_refusals()
     again = build(module, models.features, "onnxruntime")
     assert (model.report.start, again.report.start) == ("cold", "warm"), again.report.notes
+    for built in (model, again):
+        assert any("onnxruntime: each bucket is exported for itself" in note for note in built.report.notes)
     for rows in (1, 3, 4, 5):
         torch.testing.assert_close(model(*models.features(rows)), module(*models.features(rows)))
         torch.testing.assert_close(again(*models.features(rows)), module(*models.features(rows)))
@@ -157,11 +160,41 @@ def without_grad(module: nn.Module, *inputs: torch.Tensor) -> Any:
         return module(*inputs)
 
 
-@pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
-def test_where_lengths_differ_openvino_runs_every_size_as_it_is() -> None:
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+@pytest.mark.parametrize(
+    ("module", "example", "lengths"),
+    [(models.SmallCnn(), models.images, None), (models.MaskedMean(), models.tokens, (4, 8))],
+)
+def test_the_buckets_of_onnxruntime_share_one_session_for_each_number_of_threads(
+    module: nn.Module, example: Example, lengths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    open_one, before = onnxruntime._open, torch.get_num_threads()
+
+    def count(path: Path) -> Any:
+        opened.append(torch.get_num_threads())
+        return open_one(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "_open", count)
+        torch.set_num_threads(2)
+        try:
+            for start in ("cold", "warm"):
+                model = build(module.eval(), example, "onnxruntime", lengths=lengths, streams=2)
+                assert set(model.report.engines().values()) == {"onnxruntime"}, model.report.all_refusals()
+                assert model.report.start == start, model.report.notes
+                assert model.streams is not None, model.report.notes
+                assert opened == [2, 1], start
+                opened.clear()
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_where_lengths_differ_every_size_is_run_as_it_is(backend: str) -> None:
     module = models.MaskedMean().eval()
-    model = build(module, models.tokens, "openvino", lengths=(4, 8))
-    assert set(model.report.engines().values()) == {"openvino"}, model.report.all_refusals()
+    model = build(module, models.tokens, backend, lengths=(4, 8))
+    assert set(model.report.engines().values()) == {backend}, model.report.all_refusals()
     assert not model.pads
     for rows in range(1, 5):
         for length in range(1, 9):
@@ -187,39 +220,43 @@ class OddOnes(models.MaskedMean):
 
 
 NEEDS_OPENVINO = pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
-HOW = {
-    "named": {"compile": {"backend": "openvino", "only_if_faster": False}},
-    "in the background": {"compile": {"backend": "openvino", "only_if_faster": False, "when": "background"}},
-    "raced": {"compile": {"only_if_faster": False}, "tune": {"engines": ["openvino"], "budget_s": 60}},
+HOW: dict[str, dict[str, dict[str, Any]]] = {
+    "openvino, named": {"compile": {"backend": "openvino", "only_if_faster": False}},
+    "openvino, in the background": {
+        "compile": {"backend": "openvino", "only_if_faster": False, "when": "background"},
+    },
+    "openvino, raced": {"compile": {"only_if_faster": False}, "tune": {"engines": ["openvino"], "budget_s": 60}},
+    "onnxruntime, named": {"compile": {"backend": "onnxruntime", "only_if_faster": False}},
 }
 
 
-def padded_openvino(
-    module: nn.Module, example: Example = models.tokens, how: str = "named", streams: int = 1
+def padded(
+    module: nn.Module, example: Example = models.tokens, how: str = "openvino, named", streams: int = 1
 ) -> CompiledModel:
-    """Build, and check that OpenVINO serves every bucket, and nothing between them."""
+    """Build, and check that the one engine serves every bucket, and nothing between them."""
     grid: dict[str, Any] = {"batch_sizes": (1, 4), "lengths": (4, 8, 12)}
     model = compile_model(module.eval(), example, HOW[how], streams=streams, device="cpu", **grid)
     if model.background is not None:
         model.background.run(lambda change: change())
-    assert set(model.report.engines().values()) == {"openvino"}, model.report.all_refusals()
+    assert set(model.report.engines().values()) == {how.partition(",")[0]}, model.report.all_refusals()
     assert model.pads
-    assert any("what is smaller than its bucket is padded: " in note for note in model.report.notes)
+    assert any("padded" in note for note in model.report.notes)
     return model
 
 
 @NEEDS_OPENVINO
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(("module", "sizes"), [(Quarters(), [(1, 8), (3, 12)]), (OddOnes(), [(2, 8), (4, 12)])])
-def test_openvino_takes_no_size_between_buckets_that_it_would_answer_wrongly(
+def test_no_size_between_buckets_is_taken_that_would_be_answered_wrongly(
     module: nn.Module, sizes: list[tuple[int, int]], how: str
 ) -> None:
-    """OpenVINO looks at no size: it computes something for each."""
+    """OpenVINO looks at no size and computes something for each; ONNX's export of such a module fixes the sizes."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        cold, again = (padded_openvino(module, how=how, streams=2) for _ in range(2))
+        cold, again = (padded(module, how=how, streams=2) for _ in range(2))
     finally:
         torch.set_num_threads(before)
     assert again.report.start == "warm", again.report.notes
@@ -238,7 +275,7 @@ def rounded(rows: int, length: int | None = None) -> tuple[torch.Tensor, ...]:
 
 @NEEDS_OPENVINO
 def test_an_example_of_another_size_proves_nothing() -> None:
-    model = padded_openvino(Quarters(), rounded)
+    model = padded(Quarters(), rounded)
     assert any("there is no example of size 1x1" in note for note in model.report.notes)
 
 
@@ -251,7 +288,7 @@ def test_sizes_that_there_is_no_time_to_prove_are_padded(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Trial, "_find_wrong_size", hang)
     monkeypatch.setattr("optim.start.ENGINE_LIMIT_S", 40.0)
-    padded_openvino(models.MaskedMean())
+    padded(models.MaskedMean())
 
 
 @NEEDS_OPENVINO
@@ -266,14 +303,16 @@ def test_a_module_that_openvino_takes_in_fixed_shapes_alone_is_padded(monkeypatc
         return compile_one(core, model, *more)
 
     monkeypatch.setattr(openvino.Core, "compile_model", fixed_alone)
-    padded_openvino(models.MaskedMean())
+    padded(models.MaskedMean())
 
 
 @pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
 @pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
-def test_beside_code_for_any_size_a_bucket_of_its_own_shape_is_padded_to() -> None:
+def test_beside_code_for_any_size_a_bucket_of_its_own_shape_is_padded_to(monkeypatch: pytest.MonkeyPatch) -> None:
     module = models.MaskedMean().eval()
-    model, other = (build(module, models.tokens, name, lengths=(4, 8)) for name in ("openvino", "onnxruntime"))
+    model = build(module, models.tokens, "onnxruntime", lengths=(4, 8))
+    monkeypatch.setattr(Trial, "_find_wrong_size", lambda self: "as if one were answered wrongly")
+    other = build(module, models.tokens, "openvino", lengths=(4, 8))
     fixed = Bucket(4, 8)
     model.move_over({fixed: other._lanes[fixed]}, [row for row in other.report.buckets if row.bucket == fixed])
     assert model.pads
