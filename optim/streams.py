@@ -149,6 +149,7 @@ def _build(
     found: dict[Bucket, Lane] = {b: Lane(EagerEngine(job), job.module) for b in lanes}
     for name in sorted(compiled):
         engine = make_engine(name, job)
+        engine.begin_from(compiled[name])
         if engine.takes_any_size and not compiled[name].takes_any_size:
             engine.fix_sizes()
         trial = Trial(engine, reference, limit_s, is_thorough)

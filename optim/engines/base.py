@@ -127,6 +127,12 @@ class Engine:
     def preflight(self) -> None:
         """Raise Unavailable with the reason where the engine cannot work here."""
 
+    def begin_from(self, other: Engine) -> None:
+        """Take over what `build` of an engine of the same kind and module made, where it serves any number of threads.
+
+        Called before `build`, if at all.
+        """
+
     def build(self) -> None:
         """Prepare what all buckets share."""
 

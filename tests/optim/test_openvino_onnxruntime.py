@@ -190,6 +190,36 @@ def test_the_buckets_of_onnxruntime_share_one_session_for_each_number_of_threads
             torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(not CPU["openvino"].available, reason=CPU["openvino"].detail)
+def test_streams_of_openvino_compile_the_same_converted_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    loaded: list[str] = []
+    read, convert, before = openvino.Core.read_model, openvino.convert_model, torch.get_num_threads()
+
+    def count(what: str, call: Any) -> Any:
+        def counted(*args: Any, **more: Any) -> Any:
+            loaded.append(what)
+            return call(*args, **more)
+
+        return counted
+
+    monkeypatch.setattr(openvino.Core, "read_model", count("read", read))
+    monkeypatch.setattr(openvino, "convert_model", count("converted", convert))
+    torch.set_num_threads(2)
+    try:
+        for what in ("converted", "read"):
+            module = models.MaskedMean().eval()
+            model = build(module, models.tokens, "openvino", lengths=(4, 8), streams=2)
+            assert model.streams is not None, model.report.notes
+            assert loaded == [what]
+            loaded.clear()
+            inputs = models.tokens(3, 7)
+            assert compare(model.streams.model(*inputs), without_grad(module, *inputs)).max_abs < 1e-4
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("backend", ENGINES)
 def test_where_lengths_differ_every_size_is_run_as_it_is(backend: str) -> None:
     module = models.MaskedMean().eval()
