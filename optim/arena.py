@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ from optim.buckets import Bucket
 from optim.budget import Budget
 from optim.child import Child, NotCarried, be_a_child, make_folder, pack, unpack
 from optim.engines import EngineJob
+from optim.engines.base import keep
 from optim.race import Event, Note, Race, Round, Standing, not_tried
 from optim.reference import Reference
 from optim.report import Refusal
@@ -60,6 +61,7 @@ def race_apart(
                 budget_s = running.left_s
                 standing.stretch = max(standing.stretch, running.stretch)
                 if running.finished:
+                    _take_over(folder, job, standing)
                     return standing
                 end, stage = running.end, "budget" if running.had_no_time else "build"
             if turn is not None:
@@ -77,6 +79,19 @@ def race_apart(
             standing.take(late)
             tell(late)
     return standing
+
+
+def _take_over(folder: Path, job: EngineJob, standing: Standing) -> None:
+    """Move what the race's process left for this one to where engines look for it."""
+    if job.kept is None:
+        return
+    for made in [path for path in folder.iterdir() if path.is_dir()]:
+        try:
+            made.rename(job.kept / made.name)
+        except OSError as error:
+            standing.notes.append(f"{made.name}: what the race made is made once more: {error}")
+        else:
+            standing.handed_over.append(made.name)
 
 
 class _Racing:
@@ -153,7 +168,15 @@ def _hold_race(folder: Path, pipe: IO[bytes]) -> None:
         pipe.write(b"ready\n")
         budget = Budget(order["budget_s"])
         buckets = [Bucket(*size) for size in order["buckets"]]
-        Race(given.job, given.reference, order["names"], budget, tell, buckets=buckets, expendable=True).run()
+        job = replace(given.job, kept=folder)
+        race = Race(job, given.reference, order["names"], budget, tell, buckets=buckets, expendable=True)
+        race.run()
+        notes: list[str] = []
+        for trial in race.trials.values():
+            if trial.engine.hands_over:
+                keep(trial.engine, notes)  # see _take_over
+        for note in notes:
+            tell(Note(note))
     pipe.write(b'{"event": "done"}\n')
 
 

@@ -86,6 +86,8 @@ class Standing:
     rounds: list[Round] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    handed_over: list[str] = field(default_factory=list)
+    """The engines of which the job's `kept` folder has what a race in another process made."""
     stretch: float = 1.0
     """How much longer it took than with cores of its own (`Budget.stretch`)."""
 

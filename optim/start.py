@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ class Start:
         job, report = replace(self._job, kept=folder), self._report
         ranking: Mapping[Bucket, list[str]] = {bucket: list(names) for bucket in job.samples}
         limit_s = job.config.tune.budget_s or ENGINE_LIMIT_S
+        standing = Standing()
         trials: dict[str, Trial] = {}
         if names and self._race:
             with clock(report, "race"):
@@ -91,6 +93,9 @@ class Start:
             limit_s = ENGINE_LIMIT_S
         with clock(report, "build"):
             lanes = Builder(job, self._reference, report, limit_s, trials).build(ranking)
+        for name in set(standing.handed_over) - {lane.engine.name for lane in lanes.values()}:
+            assert folder is not None
+            shutil.rmtree(folder / name)  # a loser's: later starts have no use for it
         return lanes, self._build_streams(job, lanes)
 
     def start_warm(self, plan: Plan, folder: Path, *, timed: bool = True) -> Built:

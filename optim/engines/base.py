@@ -115,6 +115,8 @@ class Engine:
     keeps_by_threads = False
     #: The weights are in memory once, however many buckets there are.
     holds_weights_once = False
+    #: What is saved serves another process as well as what it would build itself, and takes no more memory there.
+    hands_over = False
     #: A bucket's first call is like all later ones. (Not of torch.compile: what a call leaves on the module, the last
     #: size in an attribute for one, may be guarded, so that the second call compiles once more.)
     settles_at_once = False
@@ -184,8 +186,8 @@ class Engine:
 
 def keep(engine: Engine, notes: list[str]) -> None:
     """Have an engine save itself to its job's `kept` folder, if there is one; a note says so where it cannot."""
-    if engine.job.kept is None:
-        return
+    if engine.job.kept is None or (engine.kept is not None and not engine.keeps_by_threads):
+        return  # or it was made of what is there
     folder = engine.job.kept / engine.name
     before = set(folder.iterdir()) if folder.is_dir() else set()
     try:

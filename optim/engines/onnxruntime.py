@@ -49,6 +49,7 @@ class OnnxRuntimeEngine(Engine):
     takes_calls_at_once = True
     settles_at_once = True
     guards_sizes = False
+    hands_over = True
 
     def __init__(self, job: EngineJob) -> None:
         super().__init__(job)

@@ -53,6 +53,56 @@ def test_what_failed_is_not_kept() -> None:
     assert any(note.startswith("no plan is kept: bucket") for note in report.notes)
 
 
+NEEDS_ONNX = pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+
+
+def forbid_exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let none succeed in this process; return the list of those that are asked for."""
+    asked: list[str] = []
+
+    def refuse(*args: Any, **more: Any) -> None:
+        asked.append("export")
+        raise RuntimeError("exported in the process that serves")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    return asked
+
+
+@NEEDS_ONNX
+def test_what_the_race_exported_is_not_exported_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = forbid_exports(monkeypatch)
+    for expected in ("cold", "warm"):
+        report = start(race("onnxruntime", compile={"only_if_faster": False}), 1, 2, 4)
+        assert report.start == expected, report.notes
+        assert set(report.engines().values()) == {"onnxruntime"}, report.all_refusals()
+    (entry,) = entries()
+    assert (entry / "onnxruntime" / "shared.onnx").is_file()
+    assert asked == []
+
+
+@NEEDS_ONNX
+def test_what_a_loser_exported_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optim.start.rank", lambda rounds, **more: {r.bucket: ["channels_last"] for r in rounds})
+    section = race("onnxruntime", "channels_last", compile={"only_if_faster": False})
+    report = compile_model(models.SmallCnn(), models.images, section, batch_sizes=(1,), device="cpu").report
+    assert report.engines() == {"1": "channels_last"}, report.all_refusals()
+    assert any("onnxruntime" in found for row in report.buckets for found in row.race), report.all_refusals()
+    (entry,) = entries()
+    assert not (entry / "onnxruntime").exists()
+
+
+@NEEDS_ONNX
+def test_what_cannot_be_handed_over_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(path: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optim.arena.Path.rename", rename)
+        report = start(race("onnxruntime", compile={"only_if_faster": False}), 1, 4)
+    assert set(report.engines().values()) == {"onnxruntime"}, report.all_refusals()
+    assert any("what the race made is made once more: [Errno" in note for note in report.notes)
+
+
 def test_without_memory_for_a_wider_reference_nothing_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What seems wrong may be as close to the truth as eager is; another start can tell."""
     section = {"compile": {"backend": "pt2test_slow", "only_if_faster": False}}
