@@ -47,16 +47,18 @@ STARTS = {
 }
 
 
-def start_once(workload: str, threads: int, pt2: dict[str, Any]) -> dict[str, float]:
-    """Start in this process; return the seconds of each stage, and of all together until it is ready."""
-    started = time.perf_counter()
+def start_once(workload: str, threads: int, pt2: dict[str, Any], began: float) -> dict[str, float]:
+    """Start in this process, which began at a time of the monotonic clock; return the seconds of each stage and of all.
+
+    All ends where it is ready.
+    """
     from deployments.args import ModelArgs
     from deployments.compile import compile_servable
 
     model = SERVABLES[workload]
     args = ModelArgs.parse({"model": f"{model.__module__}:{model.__name__}", "pt2": pt2})
     found = compile_servable(args.make_servable(), args, "cpu", threads)
-    total = time.perf_counter() - started
+    total = time.monotonic() - began
     if found.background is not None:
         found.background.run(lambda change: change())
     report = found.report
@@ -69,7 +71,7 @@ def in_a_process(workload: str, threads: int, how: How, folder: Path) -> dict[st
     pt2 = {**how.pt2, "cache": {"uri": f"file://{folder / 'shared'}"}} if how.cache in ("first", "second") else how.pt2
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.start", workload, "--threads", str(threads)]
     done = subprocess.run(
-        [*command, "--one", json.dumps(pt2)],
+        [*command, "--one", json.dumps({"pt2": pt2, "began": time.monotonic()})],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
-        print(json.dumps(start_once(options.workloads[0], options.threads, json.loads(options.one))))
+        print(json.dumps(start_once(options.workloads[0], options.threads, **json.loads(options.one))))
         return
     print(f"Seconds, medians of {options.rounds} rounds, {options.threads} threads. {describe_machine()}")
     results: dict[str, dict[str, dict[str, float]]] = {}

@@ -61,7 +61,10 @@ def race_apart(
                 budget_s = running.left_s
                 standing.stretch = max(standing.stretch, running.stretch)
                 if running.finished:
-                    _take_over(folder, job, standing)
+                    if running.handed_over:
+                        _take_over(folder, job, standing)
+                    else:
+                        standing.notes.append(f"what the race made is made once more: its process {running.end}")
                     return standing
                 end, stage = running.end, "budget" if running.had_no_time else "build"
             if turn is not None:
@@ -99,6 +102,9 @@ class _Racing:
 
     def __init__(self, folder: Path, names: Sequence[str], buckets: Sequence[Bucket], budget_s: float) -> None:
         self.finished = False
+        """Whether the race is over, and all of it told."""
+        self.handed_over = False
+        """Whether what its winners made is there, too."""
         self._budget_s, self._overrun_s = budget_s, _OVERRUN_S + _OVERRUN * budget_s
         sizes = [[bucket.batch_size, bucket.length] for bucket in buckets]
         order = {"names": list(names), "buckets": sizes, "budget_s": budget_s}
@@ -133,8 +139,11 @@ class _Racing:
                 message = json.loads(line)
                 kind = message.pop("event")
                 if kind == "done":
-                    self.finished = True
+                    self.handed_over = True
                     return
+                if kind == "over":
+                    self.finished = True
+                    continue
                 yield _decode(kind, message)
         finally:
             child.stop()
@@ -171,12 +180,14 @@ def _hold_race(folder: Path, pipe: IO[bytes]) -> None:
         job = replace(given.job, kept=folder)
         race = Race(job, given.reference, order["names"], budget, tell, buckets=buckets, expendable=True)
         race.run()
+        pipe.write(b'{"event": "over"}\n')
         notes: list[str] = []
         for trial in race.trials.values():
             if trial.engine.hands_over:
                 keep(trial.engine, notes)  # see _take_over
+            trial.engine.finish()  # nothing of this process is tidied up at its end
         for note in notes:
-            tell(Note(note))
+            tell(Note(f"what the race made is made once more: {note}"))
     pipe.write(b'{"event": "done"}\n')
 
 

@@ -95,7 +95,7 @@ class Start:
             lanes = Builder(job, self._reference, report, limit_s, trials).build(ranking)
         for name in set(standing.handed_over) - {lane.engine.name for lane in lanes.values()}:
             assert folder is not None
-            shutil.rmtree(folder / name)  # a loser's: later starts have no use for it
+            shutil.rmtree(folder / name, ignore_errors=True)  # a loser's: later starts have no use for it
         return lanes, self._build_streams(job, lanes)
 
     def start_warm(self, plan: Plan, folder: Path, *, timed: bool = True) -> Built:

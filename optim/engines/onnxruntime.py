@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -86,6 +87,7 @@ class OnnxRuntimeEngine(Engine):
             self._why_fixed = self._export_free()
         if self._why_fixed is not None:
             self.holds_weights_once = False
+            self.hands_over = len(self.job.samples) == 1  # else what it has is of buckets that others may serve
             self.fix_sizes()
 
     def compile(self, bucket: Bucket) -> Runner:
@@ -113,7 +115,7 @@ class OnnxRuntimeEngine(Engine):
     def save(self, folder: Path) -> None:
         """Leave the exported files."""
         if self._folder is not None:
-            shutil.copytree(self._folder, folder)
+            shutil.copytree(self._folder, folder, copy_function=_link)
 
     def finish(self) -> None:
         """Remove the exported files: sessions hold what they need of them."""
@@ -128,7 +130,7 @@ class OnnxRuntimeEngine(Engine):
         """Say where each bucket has an export, and a session, of its own."""
         if self._why_fixed is None or len(self.job.samples) == 1:
             return []
-        return [f"onnxruntime: each bucket is exported for itself, and padded to: {self._why_fixed}"]
+        return [f"onnxruntime: each bucket is exported for itself: {self._why_fixed}"]
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None, "build() comes first"
@@ -139,9 +141,14 @@ class OnnxRuntimeEngine(Engine):
         shapes = self._free_sizes()
         if shapes is None:
             return "there is one bucket"
+        largest = self.job.samples[max(self.job.samples)]
+        for sample in self.job.samples.values():
+            for i, (tensor, other, dims) in enumerate(zip(sample, largest, shapes["inputs"], strict=True)):
+                if {dim for dim in range(tensor.dim()) if tensor.shape[dim] != other.shape[dim]} - dims.keys():
+                    return f"input {i} differs in more sizes than its examples showed to be free"
         path = self._path("shared")
         try:
-            program = self._export(self.job.samples[max(self.job.samples)], shapes, path)
+            program = self._export(largest, shapes, path)
             # Where it cannot keep a size free, the exporter may fix it without a word.
             found = [value.shape for value in program.model.graph.inputs]
             fixed = [
@@ -167,7 +174,7 @@ class OnnxRuntimeEngine(Engine):
         if not several and len(lengths) == 1:
             return None
         # From 2: a size of 1 is guarded against wherever code asks for it (attention does), and the exporter then tries
-        # two further ways, which took 34 s instead of 6 to come to the same for MiniLM. What is proven is proven for 1.
+        # other ways, which took 34 s instead of 6 to come to the same for MiniLM. What is proven is proven for 1.
         rows = torch.export.Dim("rows", min=2, max=max(3, *(b.batch_size for b in self.job.samples)))
         length = torch.export.Dim("length", min=2, max=max(3, *lengths))
         free: list[dict[int, Any]] = []
@@ -183,12 +190,15 @@ class OnnxRuntimeEngine(Engine):
     def _export(self, sample: Inputs, shapes: Any, path: Path) -> Any:
         flat = FlatModule(self.job.module, self.job, autocast=False).eval()
         # The exporter prints its progress, logs every constant that it folds, and warns of its own dependencies.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad(), _quiet_exporter():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            torch.no_grad(),
+            _quiet_exporter(),
+            _no_drafts(),
+        ):
             warnings.simplefilter("ignore")
-            # Given the module, torch.onnx would try two further ways where this one fails, the last of which assumes
-            # what it cannot know and leaves files in /tmp/export_root, whoever's that is.
-            exported = torch.export.export(flat, sample, dynamic_shapes=shapes)
-            program = torch.onnx.export(exported, dynamo=True, verbose=False)
+            program = torch.onnx.export(flat, sample, dynamo=True, dynamic_shapes=shapes, verbose=False)
         assert program is not None
         program.save(str(path), external_data=True)
         return program
@@ -206,6 +216,30 @@ def _open(path: Path) -> Any:
     # may not), and not after it, where they would keep cores from everything else on the machine.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file that nobody writes to any more a second name; copy it where there can be none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def _no_drafts() -> Iterator[None]:
+    """Take away torch 2.8's last resort, as later torch did: it assumes what it cannot know, and takes a while.
+
+    It also leaves files in /tmp/export_root, whoever's that is.
+    """
+    from torch.onnx._internal.exporter import _capture_strategies as ways
+
+    known: tuple[type, ...] = ways.CAPTURE_STRATEGIES
+    vars(ways)["CAPTURE_STRATEGIES"] = tuple(way for way in known if "Draft" not in way.__name__)
+    try:
+        yield
+    finally:
+        vars(ways)["CAPTURE_STRATEGIES"] = known
 
 
 @contextlib.contextmanager

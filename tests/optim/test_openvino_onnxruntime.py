@@ -91,10 +91,18 @@ def test_a_module_that_fixes_its_sizes_is_exported_bucket_by_bucket() -> None:
 
 
 @pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
-def test_exported_files_are_gone_once_the_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("raced", [False, True])
+def test_exported_files_are_gone_once_the_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raced: bool
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     module = models.Mlp().eval()
-    model = build(module, models.features, "onnxruntime")
+    if raced:
+        section = {"tune": {"engines": ["onnxruntime"]}, "compile": {"only_if_faster": False}}
+        model = compile_model(module, models.features, section, batch_sizes=(1, 4), device="cpu")
+    else:
+        model = build(module, models.features, "onnxruntime")
     assert set(model.report.engines().values()) == {"onnxruntime"}, model.report.all_refusals()
     (home,) = tmp_path.glob("pt2-*")  # others than we may leave files of their own
     assert list(home.iterdir()) == []
@@ -158,6 +166,43 @@ def test_a_conversion_that_fails_silences_nobody() -> None:
 def without_grad(module: nn.Module, *inputs: torch.Tensor) -> Any:
     with torch.no_grad():
         return module(*inputs)
+
+
+class Convolved(nn.Module):
+    """[B, T] tokens, [B, T] mask -> [B, T]; takes lengths of 5 and more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 3, 5)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        found = self.conv((ids * mask).float().unsqueeze(1))
+        return found.mean((1, 2)).unsqueeze(1) * mask  # type: ignore[no-any-return]
+
+
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+def test_a_module_that_takes_larger_sizes_alone_is_exported_once() -> None:
+    module = Convolved().eval()
+    model = build(module, models.tokens, "onnxruntime", lengths=(8, 12))
+    assert set(model.report.engines().values()) == {"onnxruntime"}, model.report.all_refusals()
+    assert not any("each bucket is exported for itself" in note for note in model.report.notes), model.report.notes
+    for rows, length in ((1, 8), (3, 9), (4, 12)):
+        inputs = models.tokens(rows, length)
+        assert compare(model(*inputs), without_grad(module, *inputs)).max_abs < 1e-4
+    assert model.report.after_ready.failed_runs == 0
+
+
+@pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
+def test_sizes_that_no_example_showed_to_be_free_get_exports_of_their_own() -> None:
+    def example(rows: int, length: int | None) -> tuple[torch.Tensor, ...]:
+        if rows not in (1, 4):
+            raise ValueError("1 or 4 rows")
+        return models.features(rows, length)
+
+    module = models.Mlp().eval()
+    model = build(module, example, "onnxruntime")
+    assert set(model.report.engines().values()) == {"onnxruntime"}, model.report.all_refusals()
+    torch.testing.assert_close(model(*models.features(1)), without_grad(module, *models.features(1)))
 
 
 @pytest.mark.skipif(not CPU["onnxruntime"].available, reason=CPU["onnxruntime"].detail)
@@ -270,7 +315,8 @@ def padded(
         model.background.run(lambda change: change())
     assert set(model.report.engines().values()) == {how.partition(",")[0]}, model.report.all_refusals()
     assert model.pads
-    assert any("padded" in note for note in model.report.notes)
+    why = ("what is smaller than its bucket is padded: ", "each bucket is exported for itself: ")
+    assert any(said in note for note in model.report.notes for said in why)
     return model
 
 
