@@ -31,9 +31,9 @@ CPU = inspect_device(torch.device("cpu")).capabilities
 NO_COMPILER = Capability(False, "no C++ compiler (no g++ or clang++ on PATH): a test")
 
 
-def start(section: dict[str, Any], *sizes: int, **more: Any) -> CompileReport:
+def start(section: dict[str, Any], *sizes: int, module: type[models.Mlp] = models.Mlp, **more: Any) -> CompileReport:
     sizes = sizes or (1,)
-    return compile_model(models.Mlp(), models.features, section, batch_sizes=sizes, device="cpu", **more).report
+    return compile_model(module(), models.features, section, batch_sizes=sizes, device="cpu", **more).report
 
 
 def named(engine: str, **more: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def forbid_exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_what_the_race_exported_is_not_exported_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = forbid_exports(monkeypatch)
     for expected in ("cold", "warm"):
-        report = start(race("onnxruntime", compile={"only_if_faster": False}), 1, 2, 4)
+        report = start(race("onnxruntime"), 1, 2, 4, module=models.SlowMlp)
         assert report.start == expected, report.notes
         assert set(report.engines().values()) == {"onnxruntime"}, report.all_refusals()
     (entry,) = entries()
@@ -94,7 +94,7 @@ def test_what_a_loser_exported_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
     take = arena._take_over
     monkeypatch.setattr(arena, "_take_over", take_over)
-    report = compile_model(models.SmallCnn(), models.images, section, batch_sizes=(1,), device="cpu").report
+    report = compile_model(models.SlowCnn(), models.images, section, batch_sizes=(1,), device="cpu").report
     assert report.engines() == {"1": "channels_last"}, report.all_refusals()
     assert taken == ["onnxruntime"]
     (entry,) = entries()
@@ -112,7 +112,7 @@ def test_what_cannot_be_handed_over_is_made_again(monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
-        report = start(race("onnxruntime", compile={"only_if_faster": False}), 1, 4)
+        report = start(race("onnxruntime"), 1, 4, module=models.SlowMlp)
     assert set(report.engines().values()) == {"onnxruntime"}, report.all_refusals()
     assert any("what the race made is made once more: [Errno" in note for note in report.notes)
 

@@ -97,9 +97,9 @@ def test_exported_files_are_gone_once_the_model_is_built(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    module = models.Mlp().eval()
+    module = models.SlowMlp().eval()
     if raced:
-        section = {"tune": {"engines": ["onnxruntime"]}, "compile": {"only_if_faster": False}}
+        section = {"tune": {"engines": ["onnxruntime"]}}
         model = compile_model(module, models.features, section, batch_sizes=(1, 4), device="cpu")
     else:
         model = build(module, models.features, "onnxruntime")

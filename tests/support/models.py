@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,22 @@ class SmallCnn(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         hidden = torch.relu(self.norm(self.conv(self.pad(image))))
         return self.head(hidden.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class SlowMlp(Mlp):
+    """As Mlp; takes 20 ms in Python, which no export has: what was exported wins by far."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return super().forward(features)
+
+
+class SlowCnn(SmallCnn):
+    """As SmallCnn; takes 20 ms in Python."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return super().forward(image)
 
 
 class MaskedMean(nn.Module):
