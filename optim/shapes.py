@@ -50,8 +50,8 @@ def make_specs(
     """
     specs = []
     for index, tensor in enumerate(small):
-        batch = _changed(tensor, more_rows[index]) if more_rows is not None else ()
-        length = _changed(tensor, longer[index]) if longer is not None else ()
+        batch = changed(tensor, more_rows[index]) if more_rows is not None else ()
+        length = changed(tensor, longer[index]) if longer is not None else ()
         if len(batch) > 1:
             raise ValueError(f"tensor {index}: dimensions {batch} all change with the batch size; only one may")
         free = {*batch, *length}
@@ -60,7 +60,8 @@ def make_specs(
     return tuple(specs)
 
 
-def _changed(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
+def changed(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
+    """Return the dimensions in which two tensors differ in size; ValueError where they have not as many."""
     if a.dim() != b.dim():
         raise ValueError(f"a tensor has {a.dim()} dimensions in one example and {b.dim()} in another")
     return tuple(dim for dim in range(a.dim()) if a.shape[dim] != b.shape[dim])

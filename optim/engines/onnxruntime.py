@@ -19,7 +19,7 @@ from optim.engines.base import Engine, EngineJob, FlatModule, Runner, Unavailabl
 from optim.engines.tracing import require_traceable
 from optim.errors import describe, is_device_error
 from optim.scratch import Scratch
-from optim.shapes import Inputs
+from optim.shapes import Inputs, changed
 
 #: torch's dtypes that numpy has too; ONNX Runtime's Python API takes and gives numpy arrays.
 _DTYPES = {
@@ -146,7 +146,7 @@ class OnnxRuntimeEngine(Engine):
         try:
             for sample in self.job.samples.values():
                 for i, (tensor, other, dims) in enumerate(zip(sample, largest, shapes["inputs"], strict=True)):
-                    if {dim for dim in range(tensor.dim()) if tensor.shape[dim] != other.shape[dim]} - dims.keys():
+                    if not dims.keys() >= set(changed(tensor, other)):
                         return f"input {i} differs in more sizes than its examples showed to be free"
             program = self._export(largest, shapes, path)
             # Where it cannot keep a size free, the exporter may fix it without a word.
