@@ -87,6 +87,7 @@ class ModelReplica(Replica):
             self._admission,
             lambda: self._thread.failure,
             self._metrics.count,
+            lambda: self._thread.is_idle,
         )
 
     def _reports(self) -> Mapping[str, CompileReport]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -11,13 +15,16 @@ from deployments.generation import Step
 from deployments.sampling import Picked
 from optim.report import AfterReady, CompileReport
 
+logger = logging.getLogger(__name__)
+#: How much later than they happened runs are counted, seconds.
+_LATER_S = 0.1
 _MS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
 _SHARES: list[float] = [0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75]
 _ROWS: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 class ModelMetrics:
-    """The metrics of one replica; `record_batch` comes from the model thread, the rest from the event loop."""
+    """The metrics of one replica; `record_batch` comes from a thread of the pool, the rest from the event loop."""
 
     def __init__(self, model: str) -> None:
         tags = {"tag_keys": ("model",)}
@@ -157,3 +164,47 @@ class ModelMetrics:
     def record_first_token(self, seconds: float) -> None:
         """Count how long a request waited for the first token of its answer."""
         self._first_token_ms.observe(seconds * 1e3)
+
+
+class LateCount:
+    """Counts runs a moment after they happened, on a thread of the pool.
+
+    At once, on the model thread, it takes Python's lock five times while the reply to that run is being made, which one
+    client waits for (issue 4). `add` may be called from any thread, the rest from the event loop that it is made on.
+    """
+
+    def __init__(self, record: Callable[[BatchRecord], None], pool: Executor) -> None:
+        self._record, self._pool = record, pool
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[BatchRecord] = deque()
+        self._is_due = False
+        self._is_over = False
+
+    def add(self, batch: BatchRecord) -> None:
+        """Take down a run."""
+        self._waiting.append(batch)
+        # Two threads may both find it false: then what waits is counted once, and nothing the second time.
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_soon_threadsafe(self._loop.call_later, _LATER_S, self._begin)
+
+    def close(self) -> None:
+        """Count what is left; nothing may be added any more."""
+        self._is_over = True
+        self._count()
+
+    def _begin(self) -> None:
+        self._is_due = False  # before it looks: what comes from now on is counted next time at the latest
+        if not self._is_over:
+            self._pool.submit(self._count)
+
+    def _count(self) -> None:
+        while True:
+            try:
+                batch = self._waiting.popleft()
+            except IndexError:
+                return
+            try:
+                self._record(batch)
+            except Exception:  # a metric that cannot be written must not keep others from it
+                logger.exception("a run could not be counted")

@@ -22,7 +22,7 @@ from deployments.host_pool import make_host_pool
 from deployments.http import make_app
 from deployments.http_host import find_http_host
 from deployments.keys import Keys
-from deployments.metrics import ModelMetrics
+from deployments.metrics import LateCount, ModelMetrics
 from deployments.model_thread import ModelThread
 from deployments.outage import comes_first
 from deployments.priority import bring_forward_what_serves, last_in_line
@@ -59,7 +59,8 @@ class Replica(InferenceServicer):
         self._host_pool = make_host_pool(max(2, threads))
         self._share = ClusterShare()
         self._looking_around: asyncio.Task[None] | None = None
-        self._thread = ModelThread(args.name or "", self._metrics.record_batch)
+        self._late_count = LateCount(self._metrics.record_batch, self._host_pool)
+        self._thread = ModelThread(args.name or "", self._late_count.add)
         first = await asyncio.to_thread(comes_first)
         with nullcontext(False) if first else last_in_line() as waits:
             if first:
@@ -169,6 +170,7 @@ class Replica(InferenceServicer):
         thread = getattr(self, "_thread", None)
         if thread is not None:
             await asyncio.to_thread(thread.close)
+            self._late_count.close()
         pool = getattr(self, "_host_pool", None)
         if pool is not None:
             pool.shutdown(wait=False)

@@ -48,6 +48,8 @@ class TensorModel(Servable):
     own. Over /predictions a request is one row: a nested list, or an object of them by input name.
     """
 
+    light_postprocess = True
+
     def __init__(
         self,
         module: str | None = None,

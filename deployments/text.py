@@ -30,6 +30,7 @@ class SentenceEncoder(Encoder):
     """
 
     output_names = ("embedding",)
+    light_preprocess = light_postprocess = True
 
     def __init__(self, checkpoint: str = PACKAGED, max_length: int | None = None) -> None:
         self._checkpoint = TextCheckpoint(_find_folder(checkpoint), max_length)
@@ -78,6 +79,7 @@ class SequenceClassifier(Servable):
     """
 
     output_names = ("logits",)
+    light_preprocess = light_postprocess = True
 
     def __init__(self, checkpoint: str, top_k: int = 5, max_length: int | None = None) -> None:
         if top_k < 1:

@@ -50,6 +50,7 @@ class ImageClassifier(Servable):
 
     input_names = ("image",)
     output_names = ("logits",)
+    light_postprocess = True
 
     def __init__(self, weights: str = "efficientnet-lite0", top_k: int = 5, max_pixels: int = 50_000_000) -> None:
         if weights not in _WEIGHTS:

@@ -217,6 +217,8 @@ class Race:
         #: The engines close to the best of each bucket so far.
         self._in_race: dict[Bucket, list[str]] = {bucket: ["eager"] for bucket in buckets or job.samples}
         self._inductor_is_behind = 0.0
+        #: Where an engine is used also if it is slower than eager, it is held against other engines alone.
+        self._against_eager = job.config.compile.only_if_faster
         #: What is still alive at the end: engines that are close to the best somewhere, with what runs their buckets.
         self.trials: dict[str, Trial] = {}
 
@@ -286,9 +288,12 @@ class Race:
         ms = dict(zip(names, times, strict=True))
         found = Round(bucket, {name: round(value, 4) for name, value in ms.items()})
         self._report(found)
-        best = min(times)
+        best = min(self._of_rivals(ms, names), default=math.inf)
         self._in_race[bucket] = [name for name in names if ms[name] <= best * CLOSE]
-        return ms[newcomer] / min(ms[name] for name in racing) if newcomer else 1.0
+        return ms[newcomer] / min(self._of_rivals(ms, racing), default=math.inf) if newcomer else 1.0
+
+    def _of_rivals(self, ms: Mapping[str, float], names: Iterable[str]) -> list[float]:
+        return [ms[name] for name in names if self._against_eager or name != "eager"]
 
     def _runner(self, name: str, bucket: Bucket) -> Runner:
         if name == "eager":

@@ -137,6 +137,12 @@ def test_eager_stays_where_nothing_is_faster() -> None:
 
 
 @pytest.mark.any_torch
+def test_what_need_not_be_faster_than_eager_serves_all_buckets_however_slow_it_is() -> None:
+    model = compile_model(models.Mlp(), models.features, race("pt2test_slow"), batch_sizes=(1, 2, 4), device="cpu")
+    assert model.report.engines() == dict.fromkeys(("1", "2", "4"), "pt2test_slow"), model.report.to_dict()
+
+
+@pytest.mark.any_torch
 def test_a_crash_costs_the_engine_that_crashed() -> None:
     module = models.Mlp().eval()
     section = race("pt2test_crashes", "pt2test_faithful")

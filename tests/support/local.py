@@ -72,5 +72,14 @@ def serve_locally(args: dict[str, Any]) -> Iterator[ModelService]:
     with make_host_pool() as pool:
         admission = Admission(parsed.batching.max_queue, parsed.limits.bytes_in_flight)
         model: CompiledModel = thread.model  # type: ignore[attr-defined]
-        yield ModelService(parsed, servable, model, run, pool, admission, lambda: thread.failure)
+        yield ModelService(
+            parsed,
+            servable,
+            model,
+            run,
+            pool,
+            admission,
+            lambda: thread.failure,
+            is_idle=lambda: thread.is_idle,
+        )
         thread.close()
