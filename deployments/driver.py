@@ -9,6 +9,8 @@ from pathlib import Path
 
 from deployments.processes import arguments, parent
 
+#: What `serve` runs, for a Python whose scripts lie elsewhere.
+SERVE_MODULE = "ray.serve.scripts"
 #: Long enough for Ray to show the message, which comes through its controller's log.
 _DELAY_S = 2
 #: How long `serve run` may take to shut down.
@@ -40,6 +42,6 @@ def _serve_run_above(raylet: int) -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     for first, second in itertools.pairwise(names):
-        if first == "serve" and second == "run":
+        if first in ("serve", SERVE_MODULE) and second == "run":
             return above
     return None

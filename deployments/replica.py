@@ -26,13 +26,13 @@ from deployments.metrics import LateCount, ModelMetrics
 from deployments.model_thread import ModelThread
 from deployments.outage import comes_first
 from deployments.priority import bring_forward_what_serves, last_in_line
+from deployments.serve_log import set_log_level, share_serve_log
 from deployments.served import Served
 from deployments.sharing import ClusterShare
 from optim.errors import ConfigError
 from optim.report import CompileReport
 
 logger = logging.getLogger(__name__)
-_LOGGERS = ("optim", "deployments")
 #: Places of a replica that arriving bodies leave, where there are enough: for those whose body is there, and for health
 #: checks.
 _SPARE_PLACES = 32
@@ -48,9 +48,10 @@ class Replica(InferenceServicer):
 
     async def __init__(self, args: ModelArgs) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Load, compile and warm up; the replica takes traffic when this returns."""
-        _share_serve_log()
+        share_serve_log()
         # Ray Serve takes the one of the configuration file for derived ones; before anything costs time.
-        args.check_max_ongoing_requests(_max_ongoing_requests())
+        most = _max_ongoing_requests(args)
+        args.check_max_ongoing_requests(most)
         self._args = args
         self._keys = Keys(args.auth, await asyncio.to_thread(find_http_host), os.environ)
         self._metrics = ModelMetrics(args.name or "")
@@ -75,7 +76,7 @@ class Replica(InferenceServicer):
             args.limits.bytes_in_flight,
             self._seconds_to_drain,
             lambda: self._metrics.count("rejected"),
-            max_arriving=max(args.batching.max_queue, _max_ongoing_requests() - _SPARE_PLACES),
+            max_arriving=max(args.batching.max_queue, most - _SPARE_PLACES),
         )
         self._service = self._make_service()
         self._app = make_app(self._service, self._keys)
@@ -122,7 +123,7 @@ class Replica(InferenceServicer):
         self._admission.max_bytes = changed.limits.bytes_in_flight
         self._service.change(changed)
         self._change(changed)
-        _set_log_level(log_level)
+        set_log_level(log_level)
         logger.info("user_config is in force: %s", user_config)
 
     async def predict(self, payload: Any, timeout_s: float | None = None) -> Any:
@@ -182,23 +183,10 @@ def own_resources(args: ModelArgs) -> tuple[str, int]:
     return resources(args, assigned.get("CPU", 1), assigned.get("GPU", 0))
 
 
-def _max_ongoing_requests() -> int:
+def _max_ongoing_requests(args: ModelArgs) -> int:
     """Return the limit that Ray Serve holds this replica to (`serve.batch` reads it from the same place)."""
-    return int(serve.get_replica_context()._deployment_config.max_ongoing_requests)
-
-
-def _set_log_level(level: str | None) -> None:
-    """Set how much we log; None is Ray Serve's own level."""
-    for ours in map(logging.getLogger, _LOGGERS):
-        ours.setLevel(level or logging.getLogger("ray.serve").level)
-
-
-def _share_serve_log() -> None:
-    """Send what `optim` and `deployments` log to where Ray Serve logs."""
-    serve_logger = logging.getLogger("ray.serve")
-    _set_log_level(None)
-    for ours in map(logging.getLogger, _LOGGERS):
-        ours.propagate = False
-        for handler in serve_logger.handlers:
-            if handler not in ours.handlers:
-                ours.addHandler(handler)
+    try:
+        return int(serve.get_replica_context()._deployment_config.max_ongoing_requests)
+    except AttributeError as error:  # it is private: another Ray Serve may have another name for it
+        logger.warning("max_ongoing_requests cannot be read, the derived one is assumed: %r", error)
+        return args.max_ongoing_requests

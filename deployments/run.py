@@ -20,8 +20,10 @@ from pathlib import Path
 import yaml
 
 from deployments.check import main as check
+from deployments.driver import SERVE_MODULE
 from deployments.priority import NICER, SERVING, may_come_back
 from deployments.processes import children
+from deployments.serve_log import ACCESS_LOG
 
 _SCRIPT = Path(__file__).with_name("haproxy.sh")
 #: Ray Serve's own ports for HAProxy's statistics and metrics; taken where they are free.
@@ -59,6 +61,10 @@ def make_environment(
         # often which log files there are, where there are more than so many, else twice a second (README, "The hop").
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+        # A line for each request on the terminal goes through four processes: Ray's log files have it as well. And
+        # HAProxy would tell its manager of each: replicas count the same, and HAProxy's port 9101 tells the rest.
+        ACCESS_LOG: "file",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         # A server tells nobody what it runs, as Ray would its makers.
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's own limit for a gRPC message, which is in memory before we see it, is 2 GiB.
@@ -171,7 +177,9 @@ def main(arguments: list[str]) -> int:
         return 1
     config = yaml.safe_load(Path(path).read_text())
     options = config.get("http_options") or {}
+    # Scripts need not lie beside the interpreter (`pip install --user`), and a `serve` on PATH may be anybody's.
     program = Path(sys.executable).with_name("serve")
+    command = [str(program)] if program.is_file() else [sys.executable, "-m", SERVE_MODULE]
     environment = make_environment(
         options.get("port", 8000),
         given,
@@ -186,7 +194,7 @@ def main(arguments: list[str]) -> int:
     if address == "local" and has_mode and not _TOKEN_VARIABLES & environment.keys() and not _can_keep_token():
         print("~/.ray cannot be written: for `serve status` and the like set RAY_AUTH_TOKEN", file=sys.stderr)
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    os.execve(program, [str(program), "run", "--address", address, path, *rest], environment)
+    os.execve(command[0], [*command, "run", "--address", address, path, *rest], environment)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from deployments import run
+from deployments import driver, run
 from deployments.priority import SERVING
 from deployments.run import main, make_environment
 
@@ -110,11 +112,30 @@ def test_the_script_closes_what_ray_serve_leaves_open(tmp_path: Path) -> None:
     config.write_text("defaults\n    timeout http-request 7s\n")  # a later Ray Serve may have a setting for it
     run_script(config)
     assert config.read_text() == "defaults\n    timeout http-request 7s\n"
-    for line in ("  bind [::]:9101\n", "  bind :9101 v4v6\n"):  # a later Ray Serve may write what is not known here
-        config.write_text(f"frontend prometheus\n{line}frontend http_frontend\n    bind 127.0.0.1:8000\n")
-        done = run_script(config)
-        assert done.returncode == 1
-        assert "still opens something to everybody; not started" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "frontend prometheus\n  bind [::]:9101\n",
+        "frontend prometheus\n  bind :9101 v4v6\n",
+        "frontend metrics\n    bind 0.0.0.0:9101\n",
+        "listen stats\n  bind ipv4@*:8404\n",
+        "global\n    stats socket /tmp/x.sock level admin mode 666\n",
+        "global\n    stats socket /tmp/x.sock level admin\n",
+        "frontend grpc_frontend\n    bind *:9000 proto h2\n",
+        "frontend grpc\n    bind *:9000 proto h2\n",
+    ],
+)
+def test_what_a_later_ray_serve_may_open_is_not_let_through(tmp_path: Path, text: str) -> None:
+    config = tmp_path / "haproxy.cfg"
+    http = "frontend http_frontend\n    bind 127.0.0.1:8000\n"
+    config.write_text(text + http)
+    done = run_script(config)
+    assert done.returncode == 1
+    assert "still opens something to everybody; not started" in done.stderr
+    config.write_text(http + "frontend grpc_frontend\n    bind 127.0.0.1:9000 proto h2\n")
+    assert "not started" not in run_script(config).stderr
 
 
 BACKENDS = """backend http-a
@@ -207,6 +228,23 @@ def test_where_ray_cannot_keep_a_token_it_is_given_one(
     monkeypatch.setenv("HOME", str(tmp_path))
     ((_, environment),) = _start(monkeypatch)
     assert environment.get("RAY_AUTH_TOKEN") == ("mine" if has_token else None)
+
+
+def test_where_scripts_do_not_lie_beside_the_interpreter_ray_serve_is_run_as_a_module(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run, "check", lambda paths: 0)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    ((arguments, _),) = _start(monkeypatch)
+    assert arguments[:3] == ["-m", "ray.serve.scripts", "run"]
+    assert importlib.util.find_spec("ray.serve.scripts") is not None
+    # Which process `serve run` is, is also known then: it is ended where the configuration is wrong.
+    monkeypatch.setattr(driver, "parent", lambda pid: 7)
+    for command in ([str(tmp_path / "python3"), *arguments], ["/usr/bin/python3", "/usr/local/bin/serve", "run"]):
+        monkeypatch.setattr(driver, "arguments", lambda pid, found=command: found)
+        assert driver._serve_run_above(8) == 7
+    monkeypatch.setattr(driver, "arguments", lambda pid: ["/usr/bin/python3", "-m", "something.else", "run"])
+    assert driver._serve_run_above(8) is None
 
 
 def _start(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[tuple[list[str], dict[str, str]]]:
