@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray import serve
-from ray.serve._private.common import DeploymentStatus, ReplicaState
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, DeploymentStatusOverview
 
@@ -21,8 +20,8 @@ logger = logging.getLogger(__name__)
 _FRESH_S = 2.0
 #: How long the first request may wait for that list, in seconds.
 _PATIENCE_S = 10.0
-#: Replicas in these states do not answer; others do, or will in a moment.
-_SILENT = (ReplicaState.STARTING, ReplicaState.STOPPING, ReplicaState.STOPPED)
+#: Replicas in these states do not answer; others do, or will in a moment. (Ray's own enums of states are text, too.)
+_SILENT = ("STARTING", "STOPPING", "STOPPED")
 State = Literal["running", "asleep", "waiting"]
 
 
@@ -131,10 +130,11 @@ class Directory:
 
 def _state(deployment: DeploymentStatusOverview, before: State | None) -> State:
     """Return whether a deployment has a replica, or gets one when it is asked, or is only waited for."""
-    counts, status = deployment.replica_states, deployment.status
+    counts: dict[Any, int] = dict(deployment.replica_states)
+    status: str = deployment.status
     if any(count for state, count in counts.items() if state not in _SILENT):
         return "running"
-    if status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING) and not counts.get(ReplicaState.STARTING):
+    if status in ("HEALTHY", "DOWNSCALING") and not counts.get("STARTING"):
         return "asleep"  # as many as there should be: autoscaling has brought it to zero, or is about to
-    waking = before == "asleep" and status == DeploymentStatus.UPSCALING
+    waking = before == "asleep" and status == "UPSCALING"
     return "asleep" if waking else "waiting"  # what is deployed, or was lost, comes no sooner when it is asked

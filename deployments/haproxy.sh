@@ -13,6 +13,27 @@
 # Python proxy is asked. An address that the new configuration gives to something else is not kept.
 set -eu
 
+# Whether only the frontends of HTTP and gRPC listen elsewhere than on 127.0.0.1, gRPC's where HTTP's does (whose callers
+# behind this proxy are all taken for local ones), and the admin socket is its owner's. Another Ray Serve may write
+# another configuration: what is not known is not let through.
+is_closed() {
+    section="" http="" grpc=""
+    while read -r word rest; do
+        case $word in
+            global | defaults | frontend | listen | backend) section="$word $rest" ;;
+            bind)
+                case $section in
+                    "frontend http_frontend") http=${rest%:*} ;;
+                    "frontend grpc_frontend") grpc=${rest%:*} ;;
+                    *) case $rest in 127.0.0.1:*) ;; *) return 1 ;; esac ;;
+                esac
+                ;;
+            stats) case "$rest " in "socket "*" mode 600 "*) ;; "socket "*) return 1 ;; esac ;;
+        esac
+    done < "$1"
+    [ -z "$grpc" ] || [ "$grpc" = "$http" ]
+}
+
 keep_servers() {
     awk '
         $1 ~ /^(backend|frontend|listen|defaults|global)$/ { section = $2 }
@@ -51,8 +72,7 @@ if [ -n "$config" ]; then
     cp "$config.closed" "$config.kept"
     mv "$config.kept" "$config.before"
     mv "$config.closed" "$config"
-    if sed -n -e '/^frontend prometheus/,/^[a-z]/p' -e '/^listen stats/,/^[a-z]/p' -e '/^ *stats socket /p' "$config" |
-        grep -Eq '^ *bind ([*]?:[0-9]+( |$)|\[::\]:)|^ *stats socket .* mode 666 '; then
+    if ! is_closed "$config"; then
         echo "haproxy.sh: $config still opens something to everybody; not started" >&2
         exit 1
     fi

@@ -10,6 +10,7 @@ import logging
 import sys
 from concurrent.futures import Future
 from threading import Thread
+from typing import Any
 
 from deployments.priority import come_forward
 
@@ -26,7 +27,14 @@ def ask_early() -> None:
     a minute for who gives way. It does nothing in a process that is no replica.
     """
     global _asked
-    if _asked is not None or "ray" not in sys.modules or (name := _own_name()) is None:
+    if _asked is not None or "ray" not in sys.modules:
+        return
+    try:
+        name = _own_name()
+    except Exception as error:  # Ray's names for these things are its own: another Ray must not end each start here
+        logger.warning("which replica this is could not be found out, its start gives way: %r", error)
+        return
+    if name is None:
         return
     answer: Future[bool] = Future()
     _asked = answer
@@ -67,7 +75,6 @@ def is_down(application: str, deployment: str) -> bool:
     """
     from ray import serve
     from ray.exceptions import RayError
-    from ray.serve._private.common import DeploymentStatusTrigger, ReplicaState
     from ray.serve.exceptions import RayServeException
 
     try:
@@ -75,8 +82,9 @@ def is_down(application: str, deployment: str) -> bool:
     except (RayError, RayServeException, KeyError) as error:
         logger.warning("whether %s is down could not be asked, its start gives way: %r", deployment, error)
         return False
-    lost = status.status_trigger in (DeploymentStatusTrigger.HEALTH_CHECK_FAILED, DeploymentStatusTrigger.AUTOSCALING)
-    serving = (ReplicaState.RUNNING, ReplicaState.PENDING_MIGRATION)
+    # Ray's enums of these are text, too; where they are is private.
+    lost = status.status_trigger in ("HEALTH_CHECK_FAILED", "AUTOSCALING")
+    serving: tuple[Any, ...] = ("RUNNING", "PENDING_MIGRATION")
     return lost and not any(status.replica_states.get(state) for state in serving)
 
 

@@ -148,7 +148,8 @@ class _Embedder(nn.Module):
         if self.pooling == "cls":
             return hidden[:, 0]
         if self.pooling == "max":
-            return hidden.masked_fill(mask == 0, -1e9).max(1).values
+            least = max(-1e9, torch.finfo(hidden.dtype).min)  # float16 has no -1e9
+            return hidden.masked_fill(mask == 0, least).max(1).values
         count = mask.sum(1).clamp(min=1e-9)
         return (hidden * mask).sum(1) / (count if self.pooling == "mean" else count.sqrt())
 

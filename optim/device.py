@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -117,8 +117,8 @@ def inspect_device(device: torch.device) -> DeviceInfo:
         "openvino": _find_distribution("openvino"),
         "onnxruntime": _find_onnxruntime(),
         "tensorrt": _find_distribution("torch-tensorrt"),
-        "bfloat16": _find_bfloat16(device),
-        "amx": _find_amx(device),
+        "bfloat16": _ask_torch(_find_bfloat16, device),
+        "amx": _ask_torch(_find_amx, device),
         "huge_pages": _find_huge_pages(device),
     }
     return DeviceInfo(device, name, torch.get_num_threads(), capabilities)
@@ -298,11 +298,19 @@ def cpuinfo() -> Mapping[str, tuple[str, ...]]:
     return {key: tuple(values) for key, values in found.items()}
 
 
+def _ask_torch(find: Callable[[torch.device], Capability], device: torch.device) -> Capability:
+    """Ask what torch has no public function for; another torch may have none at all."""
+    try:
+        return find(device)
+    except AttributeError as error:
+        return Capability(False, f"this torch does not tell: {error}")
+
+
 def _find_compiler() -> Capability:
     """Look for the C++ compiler where Inductor will look: $CXX, else its own search."""
-    from torch._inductor import cpp_builder  # importing Inductor takes a second; only compile_model pays it
-
     try:
+        from torch._inductor import cpp_builder  # importing Inductor takes a second; only compile_model pays it
+
         return Capability(True, str(cpp_builder.get_cpp_compiler()))
     except Exception as error:  # its own InvalidCxxCompiler, and whatever probing a broken $CXX may raise
         _, message = describe(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -40,7 +41,9 @@ def reads_values(module: nn.Module, inputs: Inputs) -> list[str]:
     """
     # Under a dispatch mode Dynamo gives a function up for good; what the caller compiled himself is not ours to spoil.
     eager = torch.compiler.set_stance("force_eager")
-    with eager, mock.patch.object(torch.jit, "is_tracing", lambda: True), _ValueReads() as reads, torch.no_grad():
+    jit = getattr(torch, "jit", None)  # deprecated: a torch without it cannot be asked by anybody
+    traced = mock.patch.object(jit, "is_tracing", lambda: True) if hasattr(jit, "is_tracing") else nullcontext()
+    with eager, traced, _ValueReads() as reads, torch.no_grad():
         module(*inputs)
     found: list[str] = reads.found
     return found

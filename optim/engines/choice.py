@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from optim.engines.amx import AmxEngine
 from optim.engines.aot import AotEngine
-from optim.engines.base import Engine, EngineJob
+from optim.engines.base import Engine, EngineJob, Unavailable
 from optim.engines.eager import ChannelsLastEngine
 from optim.engines.gemv import GemvEngine
 from optim.engines.inductor import TorchCompileEngine
@@ -18,6 +18,7 @@ from optim.engines.ipex import IpexEngine, optimize
 from optim.engines.onednn import OneDnnEngine
 from optim.engines.onnxruntime import OnnxRuntimeEngine
 from optim.engines.openvino import OpenVinoEngine
+from optim.errors import describe, is_device_error
 
 _MAKERS: Mapping[str, Callable[[EngineJob], Engine]] = MappingProxyType(
     {
@@ -82,13 +83,30 @@ class Choice:
 
 
 def make_engine(name: str, job: EngineJob) -> Engine:
-    """Return the engine of this name; one that is not ours is a backend of torch.compile."""
+    """Return the engine of this name; one that is not ours is a backend of torch.compile.
+
+    Where it cannot even be made, as with a torch that lacks what the engine asks it for, its preflight says so.
+    """
     keep_headers_private()
     maker = _MAKERS.get(name)
-    # The options given for OpenVINO are those of its torch.compile backend.
-    if maker is None or (name == "openvino" and job.config.compile.options is not None):
-        return TorchCompileEngine(job, name)
-    return maker(job)
+    try:
+        # The options given for OpenVINO are those of its torch.compile backend.
+        if maker is None or (name == "openvino" and job.config.compile.options is not None):
+            return TorchCompileEngine(job, name)
+        return maker(job)
+    except Exception as error:
+        if is_device_error(error):
+            raise
+        return _Unmade(job, name, ": ".join(describe(error, 300)))
+
+
+class _Unmade(Engine):
+    def __init__(self, job: EngineJob, name: str, why: str) -> None:
+        super().__init__(job)
+        self.name, self._why = name, why
+
+    def preflight(self) -> None:
+        raise Unavailable(f"it cannot be made: {self._why}")
 
 
 def choose_engines(job: EngineJob) -> Choice:

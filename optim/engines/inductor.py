@@ -190,8 +190,13 @@ class TorchCompileEngine(Engine):
         other modules may run it; so does all while a call hangs, which may be in it.
         """
         function, self._function, self._run = self._function, None, None
-        if function is not None and not stuck_calls():
-            torch._dynamo.eval_frame.remove_from_cache(function)
+        if function is None or stuck_calls():
+            return
+        remove = getattr(torch._dynamo.eval_frame, "remove_from_cache", None)
+        if remove is None:  # it is private
+            logger.warning("%s: this torch cannot let go of compiled code, which stays in memory", self.name)
+        else:
+            remove(function)
 
     @contextmanager
     def building(self) -> Iterator[None]:

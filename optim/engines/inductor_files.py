@@ -107,14 +107,14 @@ def teach_inductor() -> None:
     bindings: Any = codecache.CppPythonBindingsCodeCache
     get_header = bindings._get_uncompiled_header.__func__
 
-    def check_once(isa: Any, code: str) -> bool:
+    def check_once(isa: Any, code: str, *more: Any, **named: Any) -> bool:
         name = hashlib.sha256(f"{isa} {isa.build_arch_flags()} {code}".encode()).hexdigest()
-        if name not in _passed and check_build(isa, code):
+        if name not in _passed and check_build(isa, code, *more, **named):
             _passed.add(name)
         return name in _passed
 
-    def get_header_unless_warm(cls: Any, device: str) -> Any:
-        return None if getattr(_warm, "is_on", False) else get_header(cls, device)
+    def get_header_unless_warm(cls: Any, *given: Any, **named: Any) -> Any:
+        return None if getattr(_warm, "is_on", False) else get_header(cls, *given, **named)
 
     cpu_vec_isa.VecISA.check_build = check_once  # type: ignore[method-assign,assignment]
     bindings._get_uncompiled_header = classmethod(get_header_unless_warm)
@@ -134,6 +134,7 @@ def keep_headers_private() -> None:
             from torch._inductor import codecache
 
             headers = _cache_folder() / "precompiled_headers"
+            _ = codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR  # in another torch nobody would read them
             codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(headers), str(headers / "locks")
             logger.info("precompiled headers go to %s: %s", headers, why)
     except Exception as error:  # a torch that does it otherwise; many an engine has no headers

@@ -48,6 +48,17 @@ def test_what_cannot_be_asked_gives_way(monkeypatch: pytest.MonkeyPatch, caplog:
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
 
 
+def test_another_ray_whose_names_are_not_known_ends_no_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def own_name() -> None:
+        raise ImportError("cannot import name 'ReplicaID'")
+
+    monkeypatch.setattr(outage, "_own_name", own_name)
+    assert not comes_first()
+    assert "its start gives way: ImportError" in caplog.text
+
+
 def test_a_process_that_is_no_replica_does_not_ask() -> None:
     assert not comes_first()
     assert outage._asked is None

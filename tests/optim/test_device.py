@@ -34,6 +34,17 @@ def test_every_no_has_its_reason() -> None:
             pick_device("cuda")
 
 
+def test_a_torch_that_does_not_tell_what_the_cpu_has_costs_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.setitem(sys.modules, "torch._inductor.cpp_builder", None)
+    monkeypatch.delattr("torch._inductor.cpp_builder", raising=False)
+    found = inspect_device(torch.device("cpu")).capabilities
+    for name in ("bfloat16", "amx"):
+        assert not found[name].available
+        assert "this torch does not tell: " in found[name].detail
+    assert not found["cxx"].available
+
+
 def test_another_minor_of_torch_keeps_ipex_from_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
     ipex = inspect_device(torch.device("cpu")).capabilities["ipex"]

@@ -16,6 +16,7 @@ import torch
 from optim import Bucket, compile_model
 from optim.config import Pt2Config
 from optim.device import inspect_device
+from optim.engines import make_engine
 from optim.engines.base import EngineJob
 from optim.engines.inductor import TorchCompileEngine
 from optim.monitor import count_compilations
@@ -230,3 +231,33 @@ def test_decoding_on_a_gpu_asks_for_coordinate_descent(
     job = EngineJob.of(models.Mlp(), pt2, reference, torch.device("cpu"), phase)
     engine = TorchCompileEngine(replace(job, info=replace(job.info, device=torch.device("cuda"))))
     assert engine._options.get("coordinate_descent_tuning") is expected
+
+
+def test_a_torch_that_lacks_what_an_engine_asks_it_for_costs_that_engine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> None:
+        raise AttributeError("module 'torch._dynamo.utils' has no attribute 'counters'")
+
+    section = {"compile": {"backend": "inductor", **KEEP}}
+    with monkeypatch.context() as gone:
+        gone.setattr("optim.engines.inductor.count_compilations", count)
+        model = compile_model(models.Mlp().eval(), models.features, section, batch_sizes=(1,), device="cpu")
+    assert model.report.engines() == {"1": "eager"}
+    (refusal,) = model.report.refusals
+    assert (refusal.engine, refusal.stage) == ("inductor", "preflight")
+    assert "it cannot be made: AttributeError: " in refusal.message
+
+
+def test_a_torch_that_cannot_let_go_of_code_keeps_it_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = models.Mlp().eval()
+    reference = Reference(module, models.features, (Bucket(1),), torch.device("cpu"))
+    pt2 = Pt2Config.parse({"compile": {"backend": "inductor"}})
+    engine = make_engine("inductor", EngineJob.of(module, pt2, reference, torch.device("cpu"), "forward"))
+    engine.build()
+    run = engine.compile(Bucket(1))
+    with engine.building():
+        run(*models.features(1))
+    monkeypatch.delattr(torch._dynamo.eval_frame, "remove_from_cache")
+    engine.close()
+    assert "inductor: this torch cannot let go of compiled code" in caplog.text

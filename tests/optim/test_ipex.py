@@ -124,6 +124,11 @@ def test_padding_before_a_transposed_convolution_stays() -> None:
         assert fold_padding(traced.graph) == 0
 
 
+def test_a_torch_without_jit_has_nobody_who_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.jit, "is_tracing")
+    assert reads_values(models.Branchy(), models.features(1)) == ["aten::_local_scalar_dense"]
+
+
 def test_reading_a_shape_is_not_reading_a_value() -> None:
     assert reads_values(models.SmallCnn(), models.images(1)) == []
     assert reads_values(models.Branchy(), models.features(1)) == ["aten::_local_scalar_dense"]
