@@ -36,6 +36,7 @@ from deployments.messages import read_json, weigh_json
 from deployments.paths import BY_BODY
 from deployments.priority import come_forward
 from deployments.replies import Endpoint, guard, json_reply, make_starlette
+from deployments.serve_log import share_serve_log
 from optim.errors import ConfigError
 from optim.strict import read_section
 
@@ -98,6 +99,7 @@ class Gateway:
     def __init__(self, args: GatewayArgs) -> None:
         """Look nothing up yet: models may come later. ConfigError where keys are needed, and there are none."""
         self._args = args
+        share_serve_log()
         come_forward()
         self._keys = Keys(args.auth, find_http_host(), os.environ)
         self._directory = Directory(args.applications, serve.get_replica_context().app_name)

@@ -15,20 +15,28 @@ set -eu
 
 # Whether only the frontends of HTTP and gRPC listen elsewhere than on 127.0.0.1, gRPC's where HTTP's does (whose callers
 # behind this proxy are all taken for local ones), and the admin socket is its owner's. Another Ray Serve may write
-# another configuration: what is not known is not let through.
+# another configuration: what opens something in a way that is not known here is not let through.
 is_closed() {
     section="" http="" grpc=""
-    while read -r word rest; do
-        case $word in
-            global | defaults | frontend | listen | backend) section="$word $rest" ;;
-            bind)
-                case $section in
-                    "frontend http_frontend") http=${rest%:*} ;;
-                    "frontend grpc_frontend") grpc=${rest%:*} ;;
-                    *) case $rest in 127.0.0.1:*) ;; *) return 1 ;; esac ;;
-                esac
-                ;;
-            stats) case "$rest " in "socket "*" mode 600 "*) ;; "socket "*) return 1 ;; esac ;;
+    while IFS= read -r line || [ -n "$line" ]; do
+        words=${line#"${line%%[! 	]*}"} # without the blanks that it begins with
+        case $words in
+            "" | "#"*) continue ;;
+            "$line") section=$line ;;
+        esac
+        case $words in
+            "stats socket /"*" mode 600" | "stats socket /"*" mode 600 "*) continue ;;
+            "stats socket "*) return 1 ;;
+        esac
+        case ${words%% *} in bind | *-bind) ;; *) continue ;; esac
+        where=${words#* }
+        where=${where%% *}
+        case $section:$where in
+            *:*,*) return 1 ;;
+            "frontend http_frontend:"*) [ -z "$http" ] && http=${where%:*} || return 1 ;;
+            "frontend grpc_frontend:"*) [ -z "$grpc" ] && grpc=${where%:*} || return 1 ;;
+            *":127.0.0.1:"*) ;;
+            *) return 1 ;;
         esac
     done < "$1"
     [ -z "$grpc" ] || [ "$grpc" = "$http" ]

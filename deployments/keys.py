@@ -48,10 +48,13 @@ class Keys:
         required = not is_loopback(host) if auth.required is None else auth.required
         if required and not self._digests:
             why = "args.auth.required is true" if auth.required else f"http_options.host {host!r} is not loopback"
+            listen = "listen on 127.0.0.1, "
+            if not host and not auth.required:
+                why, listen = "where Ray Serve listens is not known", ""
             raise ConfigError(
                 "args.auth",
                 "no API key",
-                f"{why}: put keys into the environment's {auth.keys_env} or into auth.keys_file, listen on 127.0.0.1, "
+                f"{why}: put keys into the environment's {auth.keys_env} or into auth.keys_file, {listen}"
                 "or let everybody in with `auth: {required: false}`",
             )
 

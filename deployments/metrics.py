@@ -24,7 +24,7 @@ _ROWS: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 class ModelMetrics:
-    """The metrics of one replica; `record_batch` comes from a thread of the pool, the rest from the event loop."""
+    """The metrics of one replica; `record_batch` may come from any thread, the rest comes from the event loop."""
 
     def __init__(self, model: str) -> None:
         tags = {"tag_keys": ("model",)}

@@ -61,10 +61,8 @@ def make_environment(
         # often which log files there are, where there are more than so many, else twice a second (README, "The hop").
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
-        # A line for each request on the terminal goes through four processes: Ray's log files have it as well. And
-        # HAProxy would tell its manager of each: replicas count the same, and HAProxy's port 9101 tells the rest.
+        # A line for each request on the terminal goes through four processes: Ray's log files have it as well.
         ACCESS_LOG: "file",
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         # A server tells nobody what it runs, as Ray would its makers.
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's own limit for a gRPC message, which is in memory before we see it, is 2 GiB.

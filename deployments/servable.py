@@ -31,20 +31,29 @@ class Model(ABC):  # noqa: B024 (its kinds differ in all that they do)
 class Servable(Model):
     """A model as a service: how it is loaded, what a request becomes, what the reply is.
 
-    `load` and `example` run on the replica's model thread, `preprocess` and `postprocess` on other threads, several
-    at a time: they must not change the servable.
+    `load` and `example` run on the replica's model thread, `preprocess` and `postprocess` on other threads (or, where
+    they are light, on the event loop's), several at a time: they must not change the servable.
     """
 
-    #: Whether `preprocess` of up to 2 KiB of bytes or text (of lists nothing is counted), and `postprocess` of up to
-    #: 16 KiB of output, take a fraction of a millisecond. To have another thread do it takes 0.2 ms each (MiniLM, one
-    #: client, an EPYC with AVX-512; issue 4): so such a reply is made on the event loop, and such a request read there
-    #: while the model is idle. What takes longer keeps all other requests from being answered meanwhile.
+    #: Whether `preprocess` of up to 2 KiB of bytes or text, and `postprocess` of up to 16 KiB of output, take a part of
+    #: a millisecond. To have another thread do it takes 0.2 ms each (MiniLM, one client, EPYC with AVX-512; issue 4):
+    #: so such a reply is made on the event loop, and such a request read there while the model is idle. What takes
+    #: longer keeps all other requests from being answered. A class that has a method of its own says it for itself.
     light_preprocess = False
     light_postprocess = False
 
     #: Names of the inputs and outputs for tensor protocols; None takes them from the module.
     input_names: Sequence[str] | None = None
     output_names: Sequence[str] | None = None
+
+    def is_light(self, method: str) -> bool:
+        """Return whether a method is said to be light, by the class that has it or by one that inherits it."""
+        for kind in type(self).__mro__:
+            if f"light_{method}" in vars(kind):
+                return bool(vars(kind)[f"light_{method}"])
+            if method in vars(kind):
+                return False
+        return False
 
     @abstractmethod
     def load(self) -> nn.Module:

@@ -52,6 +52,7 @@ class ModelService(Served):
         super().__init__(args, host_pool, admission, failure, count)
         self.servable = servable
         self._is_idle = is_idle
+        self._light_preprocess, self._light_postprocess = map(servable.is_light, ("preprocess", "postprocess"))
         self._model = model
         self._run = run
         self._pins = model.device.type == "cuda"
@@ -71,7 +72,7 @@ class ModelService(Served):
                 inputs = await self._read_on_host(self.servable.preprocess, payload)
                 holding.add(size_of(inputs))
                 output = await self._run(inputs, 1, deadline)
-                here = self.servable.light_postprocess and size_of(tuple(flatten(output)[0])) <= LIGHT_OUTPUT_BYTES
+                here = self._light_postprocess and size_of(tuple(flatten(output)[0])) <= LIGHT_OUTPUT_BYTES
                 return await self._on_host(self._postprocess, output, blame_request=False, here=here)
 
     async def infer(
@@ -217,9 +218,10 @@ class ModelService(Served):
 
     async def _read_on_host(self, preprocess: Callable[[Any], Any], payload: Any) -> Inputs:
         """Turn a request into the model's inputs; at once where that is light, and keeps nobody else waiting."""
-        light = self.servable.light_preprocess and size_of(payload) <= LIGHT_BYTES
-        read = partial(self._read, preprocess)
-        inputs: Inputs = await self._on_host(read, payload, blame_request=True, here=light and self._is_idle())
+        light = self._light_preprocess and _is_short(payload)
+        # Where requests wait for others the model stays idle meanwhile.
+        here = light and not self.args.batching.wait_ms and self._is_idle()
+        inputs: Inputs = await self._on_host(partial(self._read, preprocess), payload, blame_request=True, here=here)
         return inputs
 
     async def _on_host(self, work: Callable[[Any], Any], value: Any, *, blame_request: bool, here: bool) -> Any:
@@ -239,6 +241,12 @@ class ModelService(Served):
                 raise BadRequest(f"the request cannot be read: {kind}: {message}") from error
             logger.exception("the servable failed")
             raise ModelFailed(f"the servable failed: {kind}") from error
+
+
+def _is_short(payload: Any) -> bool:
+    """Return whether a payload is LIGHT_BYTES of bytes or text at most, by itself or in an object."""
+    parts = list(payload.values()) if isinstance(payload, dict) and len(payload) <= 4 else [payload]
+    return all(isinstance(part, str | bytes | bytearray) for part in parts) and size_of(payload) <= LIGHT_BYTES
 
 
 def _comes_of_payload(error: Exception) -> bool:

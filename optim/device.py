@@ -314,6 +314,8 @@ def _find_compiler() -> Capability:
         return Capability(True, str(cpp_builder.get_cpp_compiler()))
     except Exception as error:  # its own InvalidCxxCompiler, and whatever probing a broken $CXX may raise
         _, message = describe(error)
+        if isinstance(error, ImportError | AttributeError):
+            return Capability(False, f"this torch does not tell its C++ compiler: {message}")
         asked = f"CXX={os.environ['CXX']}" if "CXX" in os.environ else "no g++ or clang++ on PATH"
         return Capability(False, f"no C++ compiler ({asked}): {message}")
 

@@ -190,7 +190,7 @@ def _simplicity(name: str) -> tuple[int, str]:
 
 
 class Race:
-    """Runs the engines named, in order, against each other and against eager; memory of losers is given back.
+    """Runs the engines named, in order, against each other and, where they must beat it, eager; losers are closed.
 
     It is held on all of the job's buckets, or on those given, by the buckets' examples. Engines that take requests as
     they are, where the others pad them, are timed on an example of their average length, if there is one (MiniLM: IPEX,
@@ -270,6 +270,8 @@ class Race:
             if bucket not in trial.proven:
                 continue
             slower = self._time(bucket, name)
+            if slower is None:
+                continue
             behind.append(slower)
             if slower > HOPELESS and done < 2:
                 hopeless.append(f"{slower:.2f} times as slow as the best at {bucket}")
@@ -278,8 +280,8 @@ class Race:
         for note in trial.engine.notes():
             self._report(Note(note))
 
-    def _time(self, bucket: Bucket, newcomer: str = "") -> float:
-        """Time what is in the race on a bucket, a newcomer with it; return its ms over the best of the others."""
+    def _time(self, bucket: Bucket, newcomer: str = "") -> float | None:
+        """Time what is in the race on a bucket, and a newcomer; return its ms over its best rival's, if it has one."""
         racing = [name for name in self._in_race[bucket] if name == "eager" or bucket in self.trials[name].proven]
         racing = racing or ["eager"]
         names = [*racing, newcomer] if newcomer else racing
@@ -290,7 +292,8 @@ class Race:
         self._report(found)
         best = min(self._of_rivals(ms, names), default=math.inf)
         self._in_race[bucket] = [name for name in names if ms[name] <= best * CLOSE]
-        return ms[newcomer] / min(self._of_rivals(ms, racing), default=math.inf) if newcomer else 1.0
+        rivals = self._of_rivals(ms, racing)
+        return ms[newcomer] / min(rivals) if newcomer and rivals else None
 
     def _of_rivals(self, ms: Mapping[str, float], names: Iterable[str]) -> list[float]:
         return [ms[name] for name in names if self._against_eager or name != "eager"]

@@ -101,6 +101,8 @@ def make_engine(name: str, job: EngineJob) -> Engine:
 
 
 class _Unmade(Engine):
+    keeps_state = True  # else it would be refused for that, before its preflight says why
+
     def __init__(self, job: EngineJob, name: str, why: str) -> None:
         super().__init__(job)
         self.name, self._why = name, why

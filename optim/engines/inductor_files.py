@@ -108,7 +108,8 @@ def teach_inductor() -> None:
     get_header = bindings._get_uncompiled_header.__func__
 
     def check_once(isa: Any, code: str, *more: Any, **named: Any) -> bool:
-        name = hashlib.sha256(f"{isa} {isa.build_arch_flags()} {code}".encode()).hexdigest()
+        asked = f"{isa} {isa.build_arch_flags()} {code}" + (f" {more} {named}" if more or named else "")
+        name = hashlib.sha256(asked.encode()).hexdigest()
         if name not in _passed and check_build(isa, code, *more, **named):
             _passed.add(name)
         return name in _passed

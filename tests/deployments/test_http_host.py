@@ -8,6 +8,7 @@ import ray
 from deployments.args import AuthArgs
 from deployments.http_host import find_http_host
 from deployments.keys import Keys
+from optim.errors import ConfigError
 
 
 def test_a_ray_serve_that_does_not_tell_where_it_listens_is_one_that_asks_for_keys(
@@ -21,4 +22,5 @@ def test_a_ray_serve_that_does_not_tell_where_it_listens_is_one_that_asks_for_ke
         caplog.clear()
         assert find_http_host() == ""
         assert "so keys are asked for" in caplog.text
-    assert Keys(AuthArgs(), "", {"PT2_API_KEYS": "a-key-of-16-characters"}).needed
+    with pytest.raises(ConfigError, match="where Ray Serve listens is not known: put keys into"):
+        Keys(AuthArgs(), "", {})

@@ -7,13 +7,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 from deployments.batch import BatchRecord
+from deployments.deployment import ModelReplica
 from deployments.errors import BadRequest, ModelFailed
 from deployments.metrics import LateCount
 from deployments.servable import Servable
@@ -129,6 +132,55 @@ def test_while_the_model_is_busy_requests_are_read_on_other_threads(service: Mod
     assert asyncio.run(service.predict("text")) == 5
     here = threading.get_ident()
     assert [where == here for where in (*heard.read_on, *heard.replied_on)] == [False, True]
+
+
+def test_while_requests_wait_for_others_they_are_read_on_other_threads(service: ModelService) -> None:
+    heard: Any = service.servable
+    wait_until(service._is_idle)
+    service.change(replace(service.args, batching=replace(service.args.batching, wait_ms=1.0)))
+    assert asyncio.run(service.predict("text")) == 5
+    assert heard.read_on != [threading.get_ident()]
+
+
+def test_of_lists_and_other_objects_it_is_not_known_how_long_they_take(service: ModelService) -> None:
+    assert ask(service, ["text"])[0] is False
+    assert ask(service, {"a": ["text"]})[0] is False
+    assert ask(service, {"a": "text"})[0] is True
+    assert ask(service, {"a": "x" * LIGHT_BYTES, "b": "x"})[0] is False
+
+
+class Own(Light):
+    def postprocess(self, output: Any) -> float:
+        return super().postprocess(output)
+
+
+class Says(Own):
+    light_postprocess = True
+
+
+def test_a_class_with_a_method_of_its_own_says_for_itself_whether_that_is_light() -> None:
+    kinds = (Heavy, Light, Own, Says)
+    assert [kind().is_light("preprocess") for kind in kinds] == [False, True, True, True]
+    assert [kind().is_light("postprocess") for kind in kinds] == [False, True, False, True]
+    assert not Servable.is_light(Heavy(), "nothing")
+
+
+def test_a_replica_asks_its_model_thread_whether_it_is_idle(service: ModelService) -> None:
+    thread = SimpleNamespace(is_idle=False, failure=None)
+    replica = SimpleNamespace(
+        _args=service.args,
+        _servable=service.servable,
+        _model=service._model,
+        _run=None,
+        _host_pool=None,
+        _admission=service.admission,
+        _thread=thread,
+        _metrics=SimpleNamespace(count=None),
+    )
+    made = ModelReplica._make_service(cast(ModelReplica, replica))
+    assert not made._is_idle()
+    thread.is_idle = True
+    assert made._is_idle()
 
 
 def test_errors_of_light_work_are_blamed_as_elsewhere(service: ModelService) -> None:

@@ -20,7 +20,7 @@ from deployments.checkpoint import TextCheckpoint
 from deployments.errors import BadRequest
 from deployments.http import make_app
 from deployments.service import ModelService
-from deployments.text import SentenceEncoder, SequenceClassifier
+from deployments.text import SentenceEncoder, SequenceClassifier, _Embedder
 from optim import ConfigError
 from tests.support.local import serve_locally
 
@@ -329,3 +329,12 @@ def test_an_encoder_takes_one_text() -> None:
     with pytest.raises(BadRequest, match="one text is needed, as text or as an object with `text`, not list"):
         SentenceEncoder().preprocess(["a"])
     assert SequenceClassifier.output_names == ("logits",)
+
+
+@pytest.mark.any_torch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_greatest_of_each_dimension_is_one_of_the_texts_own_in_half_precision_too(dtype: torch.dtype) -> None:
+    embedder = _Embedder(torch.nn.Identity(), "max", normalize=False)
+    hidden = torch.tensor([[[-3.0, 2.0], [-2.0, -5.0], [7.0, 7.0]]], dtype=dtype)
+    pooled = embedder._pool(hidden, torch.tensor([[1, 1, 0]], dtype=dtype).unsqueeze(-1))
+    assert pooled.tolist() == [[-2.0, 2.0]]
