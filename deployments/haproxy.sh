@@ -18,21 +18,32 @@ set -eu
 # another configuration: what opens something in a way that is not known here is not let through.
 is_closed() {
     section="" http="" grpc=""
+    set -f # the `*` of an address is no pattern of files' names
     while IFS= read -r line || [ -n "$line" ]; do
-        words=${line#"${line%%[! 	]*}"} # without the blanks that it begins with
-        case $words in
+        set -- $line
+        case ${1-} in
             "" | "#"*) continue ;;
-            "$line") section=$line ;;
+            *[\"\'\\]*) return 1 ;;
         esac
-        case $words in
-            "stats socket /"*" mode 600" | "stats socket /"*" mode 600 "*) continue ;;
-            "stats socket "*) return 1 ;;
+        case $line in [!\ \	]*)
+            case $1 in global | defaults | frontend | listen | backend) ;; *) return 1 ;; esac
+            section="$1 ${2-}"
+            ;;
         esac
-        case ${words%% *} in bind | *-bind) ;; *) continue ;; esac
-        where=${words#* }
-        where=${where%% *}
+        case "$1 ${2-}" in
+            "stats socket")
+                case " $* " in
+                    *" mode "*" mode "*) return 1 ;;
+                    " stats socket /"*" mode 600 "*) continue ;;
+                    *) return 1 ;;
+                esac
+                ;;
+            "bind "* | *"-bind "*) ;;
+            *) continue ;;
+        esac
+        where=${2-}
+        case $where in "" | :* | *,*) return 1 ;; esac
         case $section:$where in
-            *:*,*) return 1 ;;
             "frontend http_frontend:"*) [ -z "$http" ] && http=${where%:*} || return 1 ;;
             "frontend grpc_frontend:"*) [ -z "$grpc" ] && grpc=${where%:*} || return 1 ;;
             *":127.0.0.1:"*) ;;

@@ -46,12 +46,13 @@ class Servable(Model):
     input_names: Sequence[str] | None = None
     output_names: Sequence[str] | None = None
 
-    def is_light(self, method: str) -> bool:
-        """Return whether a method is said to be light, by the class that has it or by one that inherits it."""
-        for kind in type(self).__mro__:
-            if f"light_{method}" in vars(kind):
-                return bool(vars(kind)[f"light_{method}"])
-            if method in vars(kind):
+    def is_light(self, *methods: str) -> bool:
+        """Return whether the first of these is said to be light, by who has the last word on any of them, or later."""
+        said = f"light_{methods[0]}"
+        for kind in (self, *type(self).__mro__):
+            if said in vars(kind):
+                return bool(getattr(self, said))
+            if any(method in vars(kind) for method in methods):
                 return False
         return False
 

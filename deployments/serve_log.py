@@ -34,8 +34,8 @@ def share_serve_log() -> None:
 def is_worth_showing(record: logging.LogRecord) -> bool:
     """Return whether a record is to be seen on the terminal: it is not a request's that was answered well.
 
-    On its way there a line passes through the replica, Ray's log monitor, the GCS and `serve run`: 1.1 ms of CPU time
-    of the 12.5 that a text takes in all, on the cores that the model runs on (issue 4).
+    On its way there a line passes through the replica, Ray's log monitor, the GCS and `serve run`: 1.2 ms of CPU time
+    of the 12.6 that a text takes in all, on the cores that the model runs on (issue 4).
     """
     if not getattr(record, "serve_access_log", False):
         return True

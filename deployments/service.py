@@ -52,7 +52,8 @@ class ModelService(Served):
         super().__init__(args, host_pool, admission, failure, count)
         self.servable = servable
         self._is_idle = is_idle
-        self._light_preprocess, self._light_postprocess = map(servable.is_light, ("preprocess", "postprocess"))
+        self._light_preprocess = servable.is_light("preprocess", "check")
+        self._light_postprocess = servable.is_light("postprocess")
         self._model = model
         self._run = run
         self._pins = model.device.type == "cuda"
@@ -245,8 +246,13 @@ class ModelService(Served):
 
 def _is_short(payload: Any) -> bool:
     """Return whether a payload is LIGHT_BYTES of bytes or text at most, by itself or in an object."""
-    parts = list(payload.values()) if isinstance(payload, dict) and len(payload) <= 4 else [payload]
-    return all(isinstance(part, str | bytes | bytearray) for part in parts) and size_of(payload) <= LIGHT_BYTES
+    parts = [*payload, *payload.values()] if isinstance(payload, dict) and len(payload) <= 4 else [payload]
+    size = 0
+    for part in parts:
+        if not isinstance(part, str | bytes | bytearray):
+            return False
+        size += len(part) * (4 if isinstance(part, str) and not part.isascii() else 1)  # at most, in UTF-8
+    return size <= LIGHT_BYTES
 
 
 def _comes_of_payload(error: Exception) -> bool:

@@ -114,6 +114,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr("ray.serve.get_deployment_handle", lambda model, application: found.models[model])
     monkeypatch.setattr("ray.serve.get_replica_context", lambda: SimpleNamespace(app_name="gateway"))
     monkeypatch.setattr(gateway, "find_http_host", lambda: "127.0.0.1")
+    monkeypatch.setattr(gateway, "share_serve_log", lambda: None)  # it would take the tests' log from them for good
     monkeypatch.delenv("PT2_API_KEYS", raising=False)
     return found
 

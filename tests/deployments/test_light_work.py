@@ -147,6 +147,8 @@ def test_of_lists_and_other_objects_it_is_not_known_how_long_they_take(service: 
     assert ask(service, {"a": ["text"]})[0] is False
     assert ask(service, {"a": "text"})[0] is True
     assert ask(service, {"a": "x" * LIGHT_BYTES, "b": "x"})[0] is False
+    assert ask(service, {"x" * LIGHT_BYTES: "x"})[0] is False
+    assert ask(service, "語" * (LIGHT_BYTES // 4 + 1))[0] is False
 
 
 class Own(Light):
@@ -158,11 +160,21 @@ class Says(Own):
     light_postprocess = True
 
 
+class Checks(Light):
+    def check(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        pass
+
+
 def test_a_class_with_a_method_of_its_own_says_for_itself_whether_that_is_light() -> None:
     kinds = (Heavy, Light, Own, Says)
     assert [kind().is_light("preprocess") for kind in kinds] == [False, True, True, True]
     assert [kind().is_light("postprocess") for kind in kinds] == [False, True, False, True]
     assert not Servable.is_light(Heavy(), "nothing")
+    # What is checked is read as well.
+    assert [kind().is_light("preprocess", "check") for kind in (Light, Checks)] == [True, False]
+    heavy = Heavy()
+    heavy.light_preprocess = True
+    assert heavy.is_light("preprocess", "check")
 
 
 def test_a_replica_asks_its_model_thread_whether_it_is_idle(service: ModelService) -> None:

@@ -129,6 +129,14 @@ def test_the_script_closes_what_ray_serve_leaves_open(tmp_path: Path) -> None:
         "frontend http_frontend\n    bind 127.0.0.1:9999\n",
         "listen stats\n  bind 127.0.0.1:1,*:2\n",
         "log-forward all\n    dgram-bind *:514\n",
+        "peers all\n    peer me 0.0.0.0:1024\n",
+        "frontend grpc_frontend\n    bind :9000 proto h2\n",
+        "frontend grpc_frontend\n    bind  *:9000 proto h2\n",
+        "listen more\n    bind\t*:8404\n",
+        'listen more\n    "bind" *:8404\n',
+        "listen more\n    bind\n",
+        "global\n    stats\tsocket ipv4@*:9 level admin\n",
+        "global\n    stats  socket /x mode 600 level admin mode 666\n",
         "global\n    stats socket ipv4@*:9999 mode 600 level admin\n",
         "global\n    stats socket /tmp/x.sock mode 600 level admin\nlisten stats\n  bind 0.0.0.0:1",
     ],
@@ -140,12 +148,19 @@ def test_what_a_later_ray_serve_may_open_is_not_let_through(tmp_path: Path, text
     done = run_script(config)
     assert done.returncode == 1
     assert "still opens something to everybody; not started" in done.stderr
+
+
+def test_what_ray_serve_writes_is_let_through(tmp_path: Path) -> None:
+    config = tmp_path / "haproxy.cfg"
+    http = "frontend http_frontend\n    bind 127.0.0.1:8000\n"
     config.write_text(
         "global\n    stats socket /tmp/x.sock mode 600 level admin\n" + http + "    # bind :1, says a comment\n"
         "frontend grpc_frontend\n\n    bind 127.0.0.1:9000 proto h2\n    use_backend http-my-bind if is_my-bind\n"
         "listen stats\n  bind 127.0.0.1:8404\n  stats enable\n"
     )
-    assert "not started" not in run_script(config).stderr
+    done = run_script(config)
+    assert "not started" not in done.stderr
+    assert "cat: " in done.stderr, "the program was started"
 
 
 BACKENDS = """backend http-a
