@@ -24,7 +24,7 @@ from deployments.tensor_info import misfit, name_tensors, to_numpy
 from optim import CompiledModel
 from optim.errors import describe
 from optim.shapes import Inputs, measure
-from optim.tree import flatten
+from optim.tree import Rebuild, flatten
 
 logger = logging.getLogger(__name__)
 #: What servables whose host work is light may have done on the event loop: requests (500 tokens take 0.4 ms) and
@@ -72,9 +72,10 @@ class ModelService(Served):
                 holding.grow_to(size_of(payload))
                 inputs = await self._read_on_host(self.servable.preprocess, payload)
                 holding.add(size_of(inputs))
-                output = await self._run(inputs, 1, deadline)
-                here = self._light_postprocess and size_of(tuple(flatten(output)[0])) <= LIGHT_OUTPUT_BYTES
-                return await self._on_host(self._postprocess, output, blame_request=False, here=here)
+                tensors, rebuild = flatten(await self._run(inputs, 1, deadline))
+                here = self._light_postprocess and size_of(tuple(tensors)) <= LIGHT_OUTPUT_BYTES
+                answer = partial(self._postprocess, rebuild)
+                return await self._on_host(answer, tensors, blame_request=False, here=here)
 
     async def infer(
         self, tensors: Mapping[str, Any], timeout_s: float | None = None, held: Held | None = None
@@ -207,8 +208,7 @@ class ModelService(Served):
             inputs.append(batched)
         return tuple(inputs)
 
-    def _postprocess(self, output: Any) -> Any:
-        tensors, rebuild = flatten(output)
+    def _postprocess(self, rebuild: Rebuild, tensors: list[torch.Tensor]) -> Any:
         specs = self._model.output_specs
         if specs:
             tensors = [

@@ -110,7 +110,7 @@ def inspect_device(device: torch.device) -> DeviceInfo:
         "cuda": Capability(True, str(torch.version.cuda))
         if torch.cuda.is_available()
         else Capability(False, _no_cuda()),
-        "cxx": _find_compiler(),
+        "cxx": _ask_torch(_find_compiler),
         "python_headers": _find_headers(),
         "triton": _find_distribution("triton"),
         "ipex": _find_ipex(device),
@@ -298,24 +298,23 @@ def cpuinfo() -> Mapping[str, tuple[str, ...]]:
     return {key: tuple(values) for key, values in found.items()}
 
 
-def _ask_torch(find: Callable[[torch.device], Capability], device: torch.device) -> Capability:
+def _ask_torch(find: Callable[..., Capability], *given: torch.device) -> Capability:
     """Ask what torch has no public function for; another torch may have none at all."""
     try:
-        return find(device)
-    except AttributeError as error:
+        return find(*given)
+    except (AttributeError, ImportError) as error:
         return Capability(False, f"this torch does not tell: {error}")
 
 
 def _find_compiler() -> Capability:
     """Look for the C++ compiler where Inductor will look: $CXX, else its own search."""
-    try:
-        from torch._inductor import cpp_builder  # importing Inductor takes a second; only compile_model pays it
+    # Importing Inductor takes a second; only compile_model pays it.
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
-        return Capability(True, str(cpp_builder.get_cpp_compiler()))
+    try:
+        return Capability(True, str(get_cpp_compiler()))
     except Exception as error:  # its own InvalidCxxCompiler, and whatever probing a broken $CXX may raise
         _, message = describe(error)
-        if isinstance(error, ImportError | AttributeError):
-            return Capability(False, f"this torch does not tell its C++ compiler: {message}")
         asked = f"CXX={os.environ['CXX']}" if "CXX" in os.environ else "no g++ or clang++ on PATH"
         return Capability(False, f"no C++ compiler ({asked}): {message}")
 

@@ -43,6 +43,7 @@ def test_a_torch_that_does_not_tell_what_the_cpu_has_costs_no_start(monkeypatch:
         assert not found[name].available
         assert "this torch does not tell: " in found[name].detail
     assert not found["cxx"].available
+    assert "this torch does not tell: " in found["cxx"].detail
 
 
 def test_another_minor_of_torch_keeps_ipex_from_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
