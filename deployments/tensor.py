@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deployments.errors import BadRequest
+from deployments.model_files import find_mistake
 from deployments.servable import Servable, forward_names
 from deployments.tensor_info import check_range
 from optim.errors import ConfigError
@@ -69,6 +70,8 @@ class TensorModel(Servable):
             _find_factory(str(module))
         elif not self._path.is_file():
             raise ConfigError(f"model_args.{self._source}", str(self._path), "name a file that exists on this machine")
+        else:
+            self._check_file()
         self._inputs = tuple(
             read_section(f"model_args.inputs[{i}]", given, TensorInput) for i, given in enumerate(inputs or ())
         )
@@ -81,6 +84,14 @@ class TensorModel(Servable):
         names = [given.name for given in self._inputs]
         if names and None not in names:
             self.input_names = [str(name) for name in names]
+
+    def _check_file(self) -> None:
+        try:
+            mistake = find_mistake(self._source, self._path)
+        except OSError as error:
+            mistake = f"name a file that can be read: {error.strerror}"
+        if mistake is not None:
+            raise ConfigError(f"model_args.{self._source}", str(self._path), mistake)
 
     def load(self) -> nn.Module:
         """Build the module, or read its file."""
