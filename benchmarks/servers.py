@@ -91,7 +91,13 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None) 
         # Not a session of its own: Linux shares the cores between sessions (autogroups, sched(7)), so that the clients,
         # here, would have waited for a starting replica, there, however nice that is (issue 5).
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, process_group=0
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
     try:
         yield Server(process, log, env)

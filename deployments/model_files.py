@@ -10,10 +10,11 @@ WANTED = {"archive": "a file of torch.export.save", "torchscript": "a file of to
 _ADVICE = {
     "archive": "a torch.export archive: name it as `archive`",
     "torchscript": "a TorchScript file: name it as `torchscript`",
-    "aoti": "a package of AOTInductor, compiled for one kind of machine: export the model itself (torch.export.save), "
-    "replicas compile it where they run",
-    "mar": "a TorchServe archive: unzip it and name the TorchScript file inside, or make its handler a Servable",
+    "aoti": "a package of AOTInductor, compiled for one kind of machine: name as `archive` what torch.export.save "
+    "makes of the model, which replicas compile where they run",
+    "mar": "a TorchServe archive: unzip it and name the model's file inside, or make its handler a Servable",
     "weights": "weights or a module from torch.save: name a factory that loads them as `module`",
+    "safetensors": "weights alone: name a factory that loads them as `module`",
 }
 
 
@@ -33,17 +34,21 @@ def _kinds(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
+    except (UnicodeDecodeError, NotImplementedError):  # no zip of ours, yet one
+        return []
     except zipfile.BadZipFile:
         with path.open("rb") as raw:
-            return ["weights"] if raw.read(1) == b"\x80" else []  # a pickle, as torch.save wrote before 1.6
+            start = raw.read(9)
+        if start[8:] == b"{":  # the header's length, and the header
+            return ["safetensors"]
+        return ["weights"] if start[:1] == b"\x80" else []  # a pickle, as torch.save wrote before 1.6
     if "MAR-INF/MANIFEST.json" in names:
         return ["mar"]
-    # Below one folder that is called as the file was, but for archives from before torch 2.8.
+    # Below one folder, but for archives from before torch 2.8.
     inside = [name.partition("/")[2] for name in names]
     found = {
         "torchscript": "constants.pkl" in inside,
-        "archive": "serialized_exported_program.json" in names
-        or any(name.startswith("models/") and name.endswith(".json") for name in inside),
+        "archive": "serialized_exported_program.json" in names or "models/model.json" in inside,
         "aoti": any(name.startswith("data/aotinductor/") for name in inside),
     }
     kinds = [kind for kind, is_one in found.items() if is_one]

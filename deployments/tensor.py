@@ -89,7 +89,7 @@ class TensorModel(Servable):
         try:
             mistake = find_mistake(self._source, self._path)
         except OSError as error:
-            mistake = f"name a file that can be read: {error.strerror}"
+            mistake = f"name a file that can be read: {error}"
         if mistake is not None:
             raise ConfigError(f"model_args.{self._source}", str(self._path), mistake)
 
