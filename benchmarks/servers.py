@@ -88,8 +88,8 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None) 
         **(environment or {}),
     }
     with log.open("wb") as out:
-        # Not a session of its own: Linux shares the cores between sessions (autogroups, sched(7)), so that the clients,
-        # here, would have waited for a starting replica, there, however nice that is (issue 5).
+        # No setsid: it makes an autogroup, and Linux shares the cores between those (sched(7)). The clients, here,
+        # would wait for a starting replica, there, however nice that is (issue 5).
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
