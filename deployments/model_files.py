@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 #: What the sources of `TensorModel` that are files want.
-WANTED = {"archive": "a file of torch.export.save", "torchscript": "a file of torch.jit.save"}
+_WANTED = {"archive": "a file of torch.export.save", "torchscript": "a file of torch.jit.save"}
 _ADVICE = {
     "archive": "a torch.export archive: name it as `archive`",
     "torchscript": "a TorchScript file: name it as `torchscript`",
@@ -21,13 +21,15 @@ _ADVICE = {
 def find_mistake(source: str, path: Path) -> str | None:
     """Return what to do instead where a file is another kind than `source` wants; None also for one not recognised.
 
-    The kinds are told by what torch 2.8 to 2.13, torch-model-archiver and older torch.export write. An OSError of
-    reading the file is raised.
+    The kinds are told by what torch 2.8 to 2.13, torch-model-archiver and older torch.export write.
     """
-    kinds = _kinds(path)
+    try:
+        kinds = _kinds(path)
+    except OSError as error:
+        return f"name a file that can be read: {error}"
     if source in kinds or not kinds:
         return None
-    return f"name {WANTED[source]}; this is {_ADVICE[kinds[0]]}"
+    return f"name {_WANTED[source]}; this is {_ADVICE[kinds[0]]}"
 
 
 def _kinds(path: Path) -> list[str]:

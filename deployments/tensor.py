@@ -70,8 +70,8 @@ class TensorModel(Servable):
             _find_factory(str(module))
         elif not self._path.is_file():
             raise ConfigError(f"model_args.{self._source}", str(self._path), "name a file that exists on this machine")
-        else:
-            self._check_file()
+        elif (mistake := find_mistake(self._source, self._path)) is not None:
+            raise ConfigError(f"model_args.{self._source}", str(self._path), mistake)
         self._inputs = tuple(
             read_section(f"model_args.inputs[{i}]", given, TensorInput) for i, given in enumerate(inputs or ())
         )
@@ -84,14 +84,6 @@ class TensorModel(Servable):
         names = [given.name for given in self._inputs]
         if names and None not in names:
             self.input_names = [str(name) for name in names]
-
-    def _check_file(self) -> None:
-        try:
-            mistake = find_mistake(self._source, self._path)
-        except OSError as error:
-            mistake = f"name a file that can be read: {error}"
-        if mistake is not None:
-            raise ConfigError(f"model_args.{self._source}", str(self._path), mistake)
 
     def load(self) -> nn.Module:
         """Build the module, or read its file."""

@@ -66,6 +66,12 @@ def save_something(path: Path) -> None:
     path.write_bytes(b"what nobody knows")
 
 
+def configure(path: Path) -> None:
+    """Read a configuration that names the file as TorchScript."""
+    model_args = {"torchscript": str(path), "inputs": [{"shape": [3]}]}
+    ModelArgs.parse({"model": "deployments.tensor:TensorModel", "model_args": model_args}).make_servable()
+
+
 @pytest.mark.parametrize(
     ("save", "right", "words"),
     [
@@ -94,12 +100,8 @@ def test_what_is_recognised_as_something_else_is_refused(
 def test_the_file_is_looked_at_when_the_configuration_is_read(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     save_weights(path)
-    args = {
-        "model": "deployments.tensor:TensorModel",
-        "model_args": {"torchscript": str(path), "inputs": [{"shape": [3]}]},
-    }
     with pytest.raises(ConfigError, match=r"model_args\.torchscript.*weights\.pth.*torch\.jit\.save.*factory"):
-        ModelArgs.parse(args).make_servable()
+        configure(path)
 
 
 def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,10 +110,6 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path, m
 
     path = tmp_path / "model.pt"
     save_torchscript(path)
-    args = {
-        "model": "deployments.tensor:TensorModel",
-        "model_args": {"torchscript": str(path), "inputs": [{"shape": [3]}]},
-    }
     monkeypatch.setattr(zipfile, "ZipFile", refuse)
     with pytest.raises(ConfigError, match=r"model_args\.torchscript.*Permission denied"):
-        ModelArgs.parse(args).make_servable()
+        configure(path)
